@@ -1,0 +1,127 @@
+package cay
+
+import (
+	"strings"
+	"time"
+)
+
+// SandboxID names a sandbox for its whole life, over pauses and resumes:
+// "i" and 20 characters of [a-z0-9] (contract/e2b.md 1.4). It is no secret.
+type SandboxID string
+
+// NewSandboxID returns a fresh random ID.
+func NewSandboxID() SandboxID { return SandboxID("i" + randomID(20)) }
+
+// ParseSandboxID accepts an ID and the old two-part form "<id>-<clientID>",
+// of which it returns the first part. Anything else is [CodeInvalidRequest].
+func ParseSandboxID(s string) (SandboxID, error) {
+	head, tail, two := strings.Cut(s, "-")
+	if !validID(head) || (two && (tail == "" || strings.Contains(tail, "-"))) {
+		return "", &Error{Code: CodeInvalidRequest, Layer: LayerAPI,
+			Message: "the sandbox ID is malformed: want lower-case letters and digits, as in i1a2b3c4d5e6f7g8h9j0k",
+			Fix:     "copy the ID from the answer of the create call or from `cay sandbox list`"}
+	}
+	return SandboxID(head), nil
+}
+
+// ExecutionID names one run of a sandbox between start (or resume) and pause
+// (or kill). Every host object of a sandbox carries it, so that an object of
+// an earlier run is never taken for one of this run.
+type ExecutionID string
+
+// NewExecutionID returns a fresh random ID: "x" and 16 characters of [a-z0-9].
+func NewExecutionID() ExecutionID { return ExecutionID("x" + randomID(16)) }
+
+// SandboxState is where a sandbox is in its life.
+type SandboxState string
+
+// The states. Legal moves: starting→running→killing→ended; starting→ended.
+// Pausing, paused, resuming and snapshotting join with pause and resume.
+const (
+	StateStarting SandboxState = "starting"
+	StateRunning  SandboxState = "running"
+	StateKilling  SandboxState = "killing"
+	StateEnded    SandboxState = "ended"
+)
+
+// EndReason says why a sandbox ended. Every sandbox ID that was ever returned
+// ends in exactly one of these.
+type EndReason string
+
+// The reasons.
+const (
+	EndRequest     EndReason = "request"      // a client killed it
+	EndTimeout     EndReason = "timeout"      // its deadline passed
+	EndOOM         EndReason = "oom"          // the guest used more memory than its limit
+	EndPIDs        EndReason = "pids"         // the guest's processes exhausted the limit on host threads
+	EndGuestExit   EndReason = "guest_exit"   // PID 1 of the guest ended
+	EndEngineCrash EndReason = "engine_crash" // the engine process died
+	EndStartFailed EndReason = "start_failed" // it never became ready
+	EndNodeLost    EndReason = "node_lost"    // the machine restarted, or its objects are gone
+	EndShutdown    EndReason = "shutdown"     // the operator ran `cay down`
+	EndOrphan      EndReason = "orphan"       // no record owned it
+)
+
+// Resources are the limits of one sandbox.
+type Resources struct {
+	CPUs     int `json:"cpus"`     // virtual CPUs, >= 1
+	MemoryMB int `json:"memoryMB"` // MiB of guest memory, engine overhead included, >= 128
+	DiskMB   int `json:"diskMB"`   // MiB the guest may write, >= 64
+}
+
+// SandboxConfig is what the creator of a sandbox asked for and the node needs.
+type SandboxConfig struct {
+	ID        SandboxID
+	TeamID    TeamID
+	Template  TemplateID
+	Build     BuildID
+	Resources Resources
+	// EnvVars are visible to every process of the sandbox.
+	EnvVars map[string]string
+	// AccessToken guards envd; empty leaves envd open.
+	AccessToken Secret
+	// TrafficToken guards the other ports; empty leaves them open.
+	TrafficToken Secret
+	// AllowInternet is false when the sandbox may reach nothing outside.
+	AllowInternet bool
+	// Deadline is recorded with the sandbox for the operator's eyes; the
+	// control plane enforces it.
+	Deadline time.Time
+}
+
+// NodeSandbox is a sandbox as its node sees it.
+type NodeSandbox struct {
+	ID          SandboxID     `json:"id"`
+	ExecutionID ExecutionID   `json:"executionID"`
+	TeamID      TeamID        `json:"teamID"`
+	Template    TemplateID    `json:"template"`
+	Build       BuildID       `json:"build"`
+	Resources   Resources     `json:"resources"`
+	State       SandboxState  `json:"state"`
+	StartedAt   time.Time     `json:"startedAt"`
+	Deadline    time.Time     `json:"deadline"`
+	EnvdVersion string        `json:"envdVersion"`
+	Adopted     bool          `json:"adopted"` // survived a restart of the server
+	Host        SandboxOnHost `json:"host"`
+}
+
+// SandboxOnHost lists the host objects of a running sandbox, for `inspect`.
+type SandboxOnHost struct {
+	Runtime        string `json:"runtime"`        // "gvisor"
+	RuntimeVersion string `json:"runtimeVersion"` // engine version
+	Container      string `json:"container"`      // the engine's name for it
+	PID            int    `json:"pid"`            // engine process
+	Address        string `json:"address"`        // where the host reaches the guest
+	NetNS          string `json:"netns"`          // network namespace of the guest
+	RootFS         string `json:"rootfs"`         // mount that is the guest's root
+	DiskImage      string `json:"diskImage"`      // file that holds what the guest wrote
+}
+
+// StartStep is one timed step of a start, kept so that a slow or failed create
+// can be explained.
+type StartStep struct {
+	Name  string        `json:"name"`
+	Layer Layer         `json:"layer"`
+	Took  time.Duration `json:"took"` // nanoseconds
+	Error string        `json:"error,omitempty"`
+}

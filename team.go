@@ -1,0 +1,23 @@
+package cay
+
+// TeamID names a team, the owner of keys, templates and sandboxes (a UUID).
+type TeamID string
+
+// Team is a tenant and its limits.
+type Team struct {
+	ID   TeamID
+	Name string
+	// Slug is the namespace of the team's template names.
+	Slug   string
+	Limits TeamLimits
+}
+
+// TeamLimits bound what one team may do. Zero is not "unlimited": every limit
+// is set when the team is made.
+type TeamLimits struct {
+	ConcurrentSandboxes int // starting and running together
+	MaxLengthHours      int // the longest life of a sandbox
+}
+
+// DefaultTeamLimits are those of the generated team of one machine.
+var DefaultTeamLimits = TeamLimits{ConcurrentSandboxes: 200, MaxLengthHours: 24}
