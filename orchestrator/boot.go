@@ -1,0 +1,336 @@
+package orchestrator
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	goruntime "runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime"
+)
+
+// guestPIDs is the number of processes and threads a guest may have. It is the
+// guest's own limit; the engine's limit on the host is wider, because the
+// engine needs threads of its own.
+const guestPIDs = 2048
+
+// boot says what to boot.
+type boot struct {
+	manifest cay.Manifest
+	layers   []LayerFile
+	res      cay.Resources
+	allow    bool // the slot reaches the internet
+}
+
+// bootsAtOnce bounds parallel boots: a boot is CPU work, and more of them at
+// once only makes each slower.
+func bootsAtOnce() int { return max(2, goruntime.NumCPU()) }
+
+func (g *guest) addr() GuestAddr {
+	a, _ := netip.ParseAddr(g.rec.Addr) // we wrote it
+	return GuestAddr{Addr: a, Token: cay.Secret(g.rec.ControlToken)}
+}
+
+// moveLocked is the one place where a guest changes its phase. It writes the
+// record first: the host follows the record, never the other way round.
+func (o *Orchestrator) moveLocked(g *guest, to phase) error {
+	if !slices.Contains(legal[g.rec.Phase], to) {
+		return fmt.Errorf("guest %s cannot move from %q to %q", g.rec.Execution, g.rec.Phase, to)
+	}
+	next := g.rec
+	next.Phase = to
+	if err := o.records.write(next); err != nil {
+		return err
+	}
+	g.rec.Phase = to
+	return nil
+}
+
+// step records how long a part of the start took. With an error it also keeps
+// its text, so that the trace shows where a start failed.
+func (o *Orchestrator) step(g *guest, name string, l cay.Layer, began time.Time, err error) {
+	s := cay.StartStep{Name: name, Layer: l, Took: o.now().Sub(began)}
+	if err != nil {
+		s.Error = err.Error()
+	}
+	o.mu.Lock()
+	g.rec.Steps = append(g.rec.Steps, s)
+	o.mu.Unlock()
+}
+
+// boot makes a guest and returns when its envd has proved that it is the build
+// asked for. On an error, everything made is being removed.
+func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
+	queued := o.now()
+	select {
+	case o.turn <- struct{}{}:
+		defer func() { <-o.turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	token := make([]byte, 32)
+	rand.Read(token)
+	g := &guest{allow: b.allow, exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
+		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
+		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: hex.EncodeToString(token),
+		EnvdVersion: b.manifest.EnvdVersion}}
+	o.mu.Lock()
+	if err := o.moveLocked(g, booting); err != nil {
+		o.mu.Unlock()
+		return nil, &cay.Error{Code: cay.CodeDiskUnavailable, Layer: cay.LayerStorage,
+			Message: "the node's record of the sandbox cannot be written: " + err.Error(),
+			Fix:     "check the free space and the mode of " + o.Dir, Err: err}
+	}
+	o.guests[g.rec.Execution] = g
+	o.mu.Unlock()
+	o.step(g, "queue", cay.LayerPlacement, queued, nil)
+
+	if err := o.bootSteps(ctx, g, b); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		o.end(g, cay.EndStartFailed, err.Error())
+		return nil, err
+	}
+	return g, nil
+}
+
+func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
+	var slot Slot
+	var root Root
+	// The group's context is not used for the two: cancelling one half-way
+	// because the other failed saves nothing and tests less.
+	var eg errgroup.Group
+	eg.Go(func() (err error) {
+		began := o.now()
+		slot, err = o.Slots.Acquire(ctx, b.allow)
+		o.step(g, "network", cay.LayerNetwork, began, err)
+		if err == nil {
+			o.mu.Lock()
+			g.rec.Slot, g.rec.Addr, g.rec.NetNS = slot.Index, slot.Addr.String(), slot.NetNS
+			o.mu.Unlock()
+		}
+		return err
+	})
+	eg.Go(func() (err error) {
+		began := o.now()
+		root, err = o.Disks.Create(ctx, RootSpec{ID: string(g.rec.Execution), Layers: b.layers, SizeMB: b.res.DiskMB})
+		o.step(g, "disk", cay.LayerStorage, began, err)
+		return err
+	})
+	if err := eg.Wait(); err != nil {
+		return err
+	}
+	o.mu.Lock()
+	g.rec.RootFS, g.rec.DiskImage = root.Path, root.Image
+	err := o.records.write(g.rec)
+	rec := g.rec
+	o.mu.Unlock()
+	if err != nil {
+		return err
+	}
+
+	began := o.now()
+	err = o.Runtime.Create(ctx, runtime.Spec{
+		ID: runtime.InstanceID(rec.Execution), RootFS: root.Path, NetNS: slot.NetNS,
+		Args: []string{b.manifest.Init},
+		Env: []string{
+			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			"CAY_CONTROL_TOKEN=" + rec.ControlToken,
+			"CAY_BUILD=" + string(rec.Build),
+			"CAY_INSTANCE=" + string(rec.Execution),
+			"CAY_PIDS=" + strconv.Itoa(guestPIDs),
+		},
+		Hostname: "sandbox",
+		Limits:   runtime.Limits{CPUs: b.res.CPUs, MemoryBytes: int64(b.res.MemoryMB) << 20, PIDs: guestPIDs},
+		Labels:   map[string]string{"build": string(rec.Build)},
+	})
+	o.step(g, "engine", cay.LayerRuntime, began, err)
+	if err != nil {
+		return err
+	}
+	began = o.now()
+	err = o.Runtime.Start(ctx, runtime.InstanceID(rec.Execution))
+	o.step(g, "start", cay.LayerRuntime, began, err)
+	if err != nil {
+		return err
+	}
+	o.watch(g)
+	began = o.now()
+	err = o.ready(ctx, g, b.manifest)
+	o.step(g, "ready", cay.LayerEnvd, began, err)
+	return err
+}
+
+// watch follows the engine's process until it ends or the server lets go.
+func (o *Orchestrator) watch(g *guest) {
+	o.wg.Go(func() {
+		exit, err := o.waitExit(runtime.InstanceID(g.rec.Execution))
+		if err != nil {
+			return // the server lets go; the next one watches
+		}
+		g.exit = exit
+		close(g.exited)
+		// A guest that ended on its own while it belonged to somebody, or
+		// waited in the pool. During a start the starter finds out and tells
+		// more; end() is then a repetition without effect.
+		o.mu.Lock()
+		ph := g.rec.Phase
+		o.mu.Unlock()
+		if ph == running || ph == pooled {
+			o.end(g, exit.Reason, exit.Message)
+		}
+	})
+}
+
+// waitExit asks the runtime until it knows, over restarts of its supervisor.
+func (o *Orchestrator) waitExit(id runtime.InstanceID) (runtime.Exit, error) {
+	pause := 50 * time.Millisecond
+	for {
+		exit, err := o.Runtime.Wait(o.life, id)
+		if err == nil {
+			return exit, nil
+		}
+		if o.life.Err() != nil {
+			return runtime.Exit{}, o.life.Err()
+		}
+		if cay.CodeOf(err) == cay.CodeNotFound {
+			return runtime.Exit{Reason: cay.EndEngineCrash, Code: -1, At: o.now(),
+				Message: "the engine has no trace of the guest any more"}, nil
+		}
+		o.log().Warn("the runtime does not answer, asking again", "instance", id, "error", err)
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, 2*time.Second)
+		case <-o.life.Done():
+			return runtime.Exit{}, o.life.Err()
+		}
+	}
+}
+
+// stage is how far a booting guest got, for the error.
+type stage string
+
+const (
+	stageLink stage = "the guest's address does not answer" // no route, no ARP, no TCP
+	stageTCP  stage = "the guest's network is up but envd does not listen yet"
+	stageHTTP stage = "envd accepts connections but does not answer correctly"
+)
+
+// ready polls the guest's control port until it says who it is.
+//
+// The pauses start at a millisecond, because most guests answer within 50 ms of
+// their start and every poll costs one SYN only.
+func (o *Orchestrator) ready(ctx context.Context, g *guest, m cay.Manifest) error {
+	o.mu.Lock()
+	addr := g.addr()
+	o.mu.Unlock()
+	at := stageLink
+	var last error
+	pause := time.Millisecond
+	for {
+		try, cancel := context.WithTimeout(ctx, time.Second)
+		id, err := o.Guest.Identity(try, addr)
+		cancel()
+		switch {
+		case err == nil:
+			return o.checkIdentity(g, id, m)
+		case errors.Is(err, errNotListening):
+			at = stageTCP
+		case !isTimeout(err):
+			at = stageHTTP
+		}
+		last = err
+		select {
+		case <-g.exited:
+			return o.diedDuring(ctx, g, "starting")
+		case <-ctx.Done():
+			return o.notReady(ctx, g, at, last)
+		case <-time.After(pause):
+			pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond)
+		}
+	}
+}
+
+func isTimeout(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &t) && t.Timeout())
+}
+
+func (o *Orchestrator) notReady(ctx context.Context, g *guest, at stage, last error) error {
+	cause := context.Cause(ctx)
+	var why *cay.Error
+	if !errors.As(cause, &why) || why.Code != cay.CodePlacementTimeout {
+		return cause // the caller went away, or somebody killed it
+	}
+	return &cay.Error{Code: cay.CodeEnvdUnreachable, Layer: cay.LayerEnvd,
+		Message: fmt.Sprintf("the guest did not become ready within %s: %s (%v)", o.StartTimeout, at, last),
+		Fix:     "run `cay doctor --deep`; the console tail in `cay sandbox inspect` shows what the guest said",
+		Detail:  o.consoleDetail(context.WithoutCancel(ctx), g), Err: last}
+}
+
+// checkIdentity compares what booted with what was asked for.
+func (o *Orchestrator) checkIdentity(g *guest, id GuestIdentity, m cay.Manifest) error {
+	if id.Build != m.Build || id.Instance != string(g.rec.Execution) || (m.Envd != "" && id.EnvdDigest != m.Envd) {
+		return &cay.Error{Code: cay.CodeRootfsMismatch, Layer: cay.LayerTemplate,
+			Message: fmt.Sprintf("the guest that answered is not the one asked for: want build %s with envd %s, got build %s with envd %s",
+				m.Build, m.Envd, id.Build, id.EnvdDigest),
+			Fix: "run `cay template refresh` to rebuild the template's agent layer"}
+	}
+	o.mu.Lock()
+	g.rec.EnvdVersion = id.EnvdVersion
+	o.mu.Unlock()
+	return nil
+}
+
+// diedDuring explains a guest that ended while something was done with it.
+func (o *Orchestrator) diedDuring(ctx context.Context, g *guest, what string) error {
+	select {
+	case <-g.exited:
+	default:
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		return &cay.Error{Code: cay.CodeGuestExited, Layer: cay.LayerGuest,
+			Message: "the sandbox was ended while " + what, Fix: "create a new one"}
+	}
+	code, layer, fix := cay.CodeInitFailed, cay.LayerInit, "the console tail says why; `cay doctor --deep` tries a known good guest"
+	switch g.exit.Reason {
+	case cay.EndOOM:
+		code, layer, fix = cay.CodeGuestOOM, cay.LayerGuest, "give the template more memory"
+	case cay.EndEngineCrash:
+		code, layer, fix = cay.CodeEngineFailed, cay.LayerRuntime, "run `cay doctor --deep`; the engine's log is beside the instance under the data directory"
+	}
+	detail := o.consoleDetail(context.WithoutCancel(ctx), g)
+	msg := fmt.Sprintf("the guest ended while %s: %s", what, g.exit.Message)
+	if tail := detail["console"]; tail != "" {
+		msg += "; last console lines: " + strings.ReplaceAll(tail, "\n", " | ")
+	}
+	return &cay.Error{Code: code, Layer: layer, Message: msg, Fix: fix, Detail: detail}
+}
+
+// consoleDetail returns the last lines of the guest's console as evidence.
+func (o *Orchestrator) consoleDetail(ctx context.Context, g *guest) map[string]string {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	lines, err := o.Runtime.Console(ctx, runtime.InstanceID(g.rec.Execution))
+	if err != nil || len(lines) == 0 {
+		return map[string]string{}
+	}
+	lines = lines[max(0, len(lines)-5):]
+	text := make([]string, len(lines))
+	for i, l := range lines {
+		text[i] = l.Text
+	}
+	return map[string]string{"console": strings.Join(text, "\n")}
+}

@@ -1,0 +1,209 @@
+package orchestrator
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime"
+)
+
+// end moves a guest to its end and removes it in the background. The first
+// reason counts; later calls have no effect. g.gone is closed when no process
+// of the guest runs any more.
+func (o *Orchestrator) end(g *guest, reason cay.EndReason, message string) {
+	o.mu.Lock()
+	if g.rec.Phase == ending {
+		o.mu.Unlock()
+		return
+	}
+	g.rec.EndReason, g.rec.EndMessage = reason, message
+	if err := o.moveLocked(g, ending); err != nil {
+		// The disk refuses the record. Kill all the same: the reconciler of a
+		// later run finds a record that says running and an engine that is
+		// gone, and removes the rest.
+		o.log().Error("the record of an ending guest cannot be written", "execution", g.rec.Execution, "error", err)
+		g.rec.Phase = ending
+	}
+	o.mu.Unlock()
+	// Not bound to life: a removal that began is finished before Close returns.
+	o.wg.Go(func() { o.remove(context.WithoutCancel(o.life), g) })
+}
+
+// remove takes away every host object of an ending guest. Each step may be
+// repeated; a step that fails is tried again until it works or the server lets
+// go, and then the next run's reconciler goes on with it.
+func (o *Orchestrator) remove(ctx context.Context, g *guest) {
+	id := g.rec.Execution
+	sbx := g.rec.Sandbox
+	if sbx != "" {
+		o.again("taking the sandbox out of the catalog", id, func() error { return o.Catalog.Delete(ctx, sbx, id) })
+		if o.Streams != nil {
+			o.Streams.Cut(sbx, id)
+		}
+		o.keepPast(ctx, g)
+	}
+	if !o.again("ending the guest", id, func() error { return o.Runtime.Kill(ctx, runtime.InstanceID(id)) }) {
+		return
+	}
+	o.mu.Lock()
+	if sbx != "" && o.bySbx[sbx] == g {
+		delete(o.bySbx, sbx)
+	}
+	delete(o.guests, id)
+	o.mu.Unlock()
+	close(g.gone)
+	if sbx != "" {
+		o.ends.add(cay.SandboxEnd{ID: sbx, ExecutionID: id, Reason: g.rec.EndReason, Message: g.rec.EndMessage, At: o.now()})
+		o.log().Info("sandbox ended", "sandbox", sbx, "execution", id, "reason", g.rec.EndReason, "message", g.rec.EndMessage)
+	}
+	ok := o.again("removing the disk", id, func() error { return o.Disks.Remove(ctx, string(id)) })
+	if g.rec.Slot >= 0 {
+		ok = o.again("releasing the network slot", id, func() error { return o.Slots.Release(ctx, g.rec.Slot) }) && ok
+	}
+	if ok {
+		o.again("removing the record", id, func() error { return o.records.remove(id) })
+	}
+	o.wake()
+}
+
+// again repeats f until it works. It reports false when the server lets go
+// first.
+func (o *Orchestrator) again(what string, id cay.ExecutionID, f func() error) bool {
+	pause := 20 * time.Millisecond
+	for try := 1; ; try++ {
+		err := f()
+		if err == nil {
+			return true
+		}
+		if try == 3 || try%20 == 0 {
+			o.log().Error(what+" does not work, trying again", "execution", id, "try", try, "error", err)
+		}
+		select {
+		case <-o.life.Done():
+			if try > 3 {
+				return false
+			}
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, 5*time.Second)
+	}
+}
+
+// keepPast remembers what was said on the console and how the start went.
+func (o *Orchestrator) keepPast(ctx context.Context, g *guest) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	lines, err := o.Runtime.Console(ctx, runtime.InstanceID(g.rec.Execution))
+	if err != nil {
+		lines = nil // the console of a dead engine is a courtesy
+	}
+	o.mu.Lock()
+	steps := slices.Clone(g.rec.Steps)
+	o.mu.Unlock()
+	o.past.put(g.rec.Sandbox, pastGuest{console: lines[max(0, len(lines)-pastLines):], steps: steps})
+}
+
+// ends delivers the ends of sandboxes to watchers.
+type ends struct {
+	mu   sync.Mutex
+	list []cay.SandboxEnd
+	base int // how many were dropped from the front of list
+	next int // the first that no watcher has taken
+	more chan struct{}
+}
+
+// maxEnds bounds the memory of ends nobody watches.
+const maxEnds = 10_000
+
+func (e *ends) init() { e.more = make(chan struct{}) }
+
+func (e *ends) add(s cay.SandboxEnd) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.list = append(e.list, s)
+	if n := len(e.list) - maxEnds; n > 0 {
+		e.list = slices.Delete(e.list, 0, n)
+		e.base += n
+	}
+	close(e.more)
+	e.more = make(chan struct{})
+}
+
+// watch calls f for every end from the first that nobody took.
+func (e *ends) watch(ctx context.Context, f func(cay.SandboxEnd)) error {
+	e.mu.Lock()
+	at := e.next
+	e.mu.Unlock()
+	for {
+		e.mu.Lock()
+		at = max(at, e.base)
+		batch := slices.Clone(e.list[min(at-e.base, len(e.list)):])
+		more := e.more
+		at += len(batch)
+		e.next = max(e.next, at)
+		e.mu.Unlock()
+		for _, s := range batch {
+			f(s)
+		}
+		if len(batch) > 0 {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-more:
+		}
+	}
+}
+
+// past remembers ended sandboxes for an hour.
+type past struct {
+	now func() time.Time
+	mu  sync.Mutex
+	m   map[cay.SandboxID]pastGuest
+}
+
+type pastGuest struct {
+	console []cay.ConsoleLine
+	steps   []cay.StartStep
+	at      time.Time
+}
+
+const (
+	pastLines = 200
+	pastFor   = time.Hour
+	pastMax   = 1000
+)
+
+func (p *past) init(now func() time.Time) { p.now, p.m = now, map[cay.SandboxID]pastGuest{} }
+
+func (p *past) put(id cay.SandboxID, g pastGuest) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	g.at = p.now()
+	p.m[id] = g
+	if len(p.m) <= pastMax {
+		return
+	}
+	var oldest cay.SandboxID
+	for k, v := range p.m {
+		if oldest == "" || v.at.Before(p.m[oldest].at) {
+			oldest = k
+		}
+	}
+	delete(p.m, oldest)
+}
+
+func (p *past) get(id cay.SandboxID) (pastGuest, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	g, ok := p.m[id]
+	if ok && p.now().Sub(g.at) > pastFor {
+		delete(p.m, id)
+		return pastGuest{}, false
+	}
+	return g, ok
+}

@@ -1,0 +1,140 @@
+package orchestrator
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/cayhq/cay"
+)
+
+// controlPort is the port of envd's control listener. The network lets only
+// this machine reach it, the proxy refuses it, and every request carries the
+// guest's own token.
+const controlPort = 49982
+
+// controlHeader carries the token.
+const controlHeader = "X-Cay-Control"
+
+// Guest is the control channel of a booted guest, as the node uses it. The
+// real one is HTTP to envd's control listener; tests put another in place.
+type Guest interface {
+	// Identity asks who answers. A refused connection is an error that
+	// satisfies errors.Is(err, errNotListening).
+	Identity(ctx context.Context, a GuestAddr) (GuestIdentity, error)
+	// Init gives the guest its configuration.
+	Init(ctx context.Context, a GuestAddr, c GuestConfig) error
+}
+
+// GuestAddr says where a guest's control listener is, and its token.
+type GuestAddr struct {
+	Addr  netip.Addr
+	Token cay.Secret
+}
+
+// GuestIdentity is what a guest says of itself.
+type GuestIdentity struct {
+	Build       cay.BuildID `json:"build"`
+	Instance    string      `json:"instance"`
+	EnvdVersion string      `json:"envdVersion"`
+	EnvdDigest  cay.Digest  `json:"envdDigest"`
+}
+
+// GuestConfig is the body of envd's init call.
+type GuestConfig struct {
+	EnvVars        map[string]string `json:"envVars"`
+	AccessToken    string            `json:"accessToken,omitempty"`
+	Timestamp      time.Time         `json:"timestamp"`
+	DefaultUser    string            `json:"defaultUser,omitempty"`
+	DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
+	LifecycleID    string            `json:"lifecycleID"`
+	Hostname       string            `json:"hostname,omitempty"`
+	Generation     string            `json:"generation"`
+}
+
+// errNotListening tells that the guest's network is up and nothing listens yet.
+var errNotListening = errors.New("the control port refuses connections")
+
+// httpGuest is the real control channel.
+type httpGuest struct{ client *http.Client }
+
+func newHTTPGuest() *httpGuest {
+	return &httpGuest{client: &http.Client{
+		Transport: &http.Transport{
+			// A connection per call: the address of a slot serves another
+			// guest later, and an idle connection must not outlive its guest.
+			DisableKeepAlives: true,
+			DialContext:       (&net.Dialer{Timeout: time.Second}).DialContext,
+		},
+	}}
+}
+
+func (g *httpGuest) do(ctx context.Context, a GuestAddr, method, path string, body any) (*http.Response, error) {
+	var rd io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return nil, fmt.Errorf("encoding the request: %w", err)
+		}
+		rd = bytes.NewReader(b)
+	}
+	u := "http://" + net.JoinHostPort(a.Addr.String(), strconv.Itoa(controlPort)) + path
+	req, err := http.NewRequestWithContext(ctx, method, u, rd)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(controlHeader, a.Token.Reveal())
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return g.client.Do(req)
+}
+
+// maxGuestAnswer bounds what is read of a guest's answer: the guest is hostile.
+const maxGuestAnswer = 64 << 10
+
+// Identity implements [Guest].
+func (g *httpGuest) Identity(ctx context.Context, a GuestAddr) (GuestIdentity, error) {
+	var id GuestIdentity
+	resp, err := g.do(ctx, a, http.MethodGet, "/identity", nil)
+	if err != nil {
+		if isRefused(err) {
+			return id, fmt.Errorf("%w: %w", errNotListening, err)
+		}
+		return id, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxGuestAnswer))
+	if err != nil {
+		return id, fmt.Errorf("reading the guest's identity: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return id, fmt.Errorf("the guest answered %s to GET /identity", resp.Status)
+	}
+	if err := json.Unmarshal(b, &id); err != nil {
+		return id, fmt.Errorf("decoding the guest's identity: %w", err)
+	}
+	return id, nil
+}
+
+// Init implements [Guest].
+func (g *httpGuest) Init(ctx context.Context, a GuestAddr, c GuestConfig) error {
+	resp, err := g.do(ctx, a, http.MethodPost, "/init", c)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode/100 == 2 {
+		return nil
+	}
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // the status says enough when the text is cut
+	return fmt.Errorf("envd answered %s: %s", resp.Status, bytes.TrimSpace(b))
+}

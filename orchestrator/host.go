@@ -1,0 +1,71 @@
+package orchestrator
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/cayhq/cay"
+)
+
+// Slot is a network a guest can have: a namespace whose link becomes the
+// guest's, and the address at which this machine reaches the guest.
+type Slot struct {
+	Index int
+	Addr  netip.Addr
+	NetNS string
+}
+
+// Slots is what the orchestrator needs of the network mechanism.
+type Slots interface {
+	// Acquire returns a clean slot whose egress policy is in force.
+	Acquire(ctx context.Context, allowInternet bool) (Slot, error)
+	// Adopt claims a slot that a record of an earlier run of the server names.
+	Adopt(ctx context.Context, index int) (Slot, error)
+	// Release gives a slot back, whoever holds it; an unknown one is no error.
+	Release(ctx context.Context, index int) error
+	// Sweep removes every slot that was neither acquired nor adopted.
+	Sweep(ctx context.Context) error
+}
+
+// Root is a mounted, writable root directory.
+type Root struct {
+	Path  string
+	Image string // the file that holds what the guest writes
+}
+
+// RootSpec says what a root directory is made of.
+type RootSpec struct {
+	ID     string
+	Layers []LayerFile // lowest first
+	SizeMB int         // what the guest may write
+}
+
+// LayerFile is a read-only image on this machine.
+type LayerFile struct {
+	Digest cay.Digest
+	Path   string
+}
+
+// Disks is what the orchestrator needs of the disk mechanism.
+type Disks interface {
+	Create(ctx context.Context, s RootSpec) (Root, error)
+	// Remove takes a root directory away with everything written to it; an
+	// unknown one is no error.
+	Remove(ctx context.Context, id string) error
+	// List returns the IDs found on the host, half-made ones included.
+	List(ctx context.Context) ([]string, error)
+}
+
+// Builds finds builds on this machine.
+type Builds interface {
+	// Open returns the manifest of a build and the files of its layers,
+	// lowest first. Errors are template_not_found, template_incomplete,
+	// template_invalid, object_corrupt.
+	Open(ctx context.Context, b cay.BuildID) (cay.Manifest, []LayerFile, error)
+}
+
+// Streams is told of routes that are gone, so that open connections to a guest
+// end at once instead of hanging. The proxy of the same process implements it.
+type Streams interface {
+	Cut(id cay.SandboxID, e cay.ExecutionID)
+}

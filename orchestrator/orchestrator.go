@@ -1,0 +1,532 @@
+// Package orchestrator is one machine's agent: it owns its sandboxes from
+// create to kill. It joins a runtime, network slots and disks into guests that
+// answer, keeps some booted ahead, adopts them after a restart, and removes
+// every host object of those that ended. DESIGN.md has the invariants.
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/catalog"
+	"github.com/cayhq/cay/runtime"
+)
+
+// Orchestrator implements [cay.Node]. Set the fields, then Open.
+type Orchestrator struct {
+	Node cay.NodeID
+	Dir  string // keeps the node's records
+
+	Runtime runtime.Runtime
+	Slots   Slots
+	Disks   Disks
+	Builds  Builds
+	Catalog catalog.Catalog
+	Streams Streams // may be nil
+	Guest   Guest   // nil is HTTP to the guest's control port
+
+	// PoolSize is how many guests are kept booted ahead per hot build.
+	PoolSize int
+	// MaxSandboxes bounds the sandboxes of this machine; 0 is 1,000.
+	MaxSandboxes int
+	// StartTimeout bounds a start, waiting for its turn included; 0 is 45 s,
+	// inside the 60 s after which the SDKs give up.
+	StartTimeout time.Duration
+	// MemoryAvailable returns the bytes the host could still give; nil does
+	// not check.
+	MemoryAvailable func() (int64, error)
+
+	Now func() time.Time
+	Log *slog.Logger
+
+	once    sync.Once
+	records records
+	ends    ends
+	past    past
+	turn    chan struct{} // one token per boot under way
+
+	// life ends with Close; background work holds wg.
+	life   context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu       sync.Mutex
+	open     bool
+	guests   map[cay.ExecutionID]*guest
+	bySbx    map[cay.SandboxID]*guest
+	starting map[cay.SandboxID]*start
+	hot      map[poolKey]time.Time // builds that were asked for, and when last
+	kick     chan struct{}         // wakes the pool
+}
+
+// start is a create under way, so that a kill can reach it.
+type start struct {
+	cancel context.CancelCauseFunc
+	done   chan struct{}
+}
+
+// guest is a booted or booting guest. Its record is guarded by
+// Orchestrator.mu; exit is readable after exited is closed.
+type guest struct {
+	rec     record
+	allow   bool          // its slot reaches the internet
+	adopted bool          // survived a restart of the server
+	exited  chan struct{} // closed when the engine says that it ended
+	exit    runtime.Exit
+	gone    chan struct{} // closed when no process of it runs any more
+}
+
+const (
+	defaultStartTimeout = 45 * time.Second
+	defaultMax          = 1000
+	// memoryReserve is left to the host when memory gets short.
+	memoryReserve = 256 << 20
+	// idleGuest is about what an idle guest costs, for the capacity check.
+	idleGuest = 32 << 20
+)
+
+func (o *Orchestrator) log() *slog.Logger {
+	if o.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return o.Log
+}
+
+func (o *Orchestrator) now() time.Time {
+	if o.Now == nil {
+		return time.Now().UTC()
+	}
+	return o.Now().UTC()
+}
+
+// Open adopts what an earlier run left and starts the background work. The
+// runtime, the slots and the disks must be open. It returns when every adopted
+// sandbox is in the catalog.
+func (o *Orchestrator) Open(ctx context.Context) error {
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return &cay.Error{Code: cay.CodeDataDirInvalid, Layer: cay.LayerStorage,
+			Message: "the node's record directory cannot be made: " + err.Error(),
+			Fix:     "check the owner, the mode and the free space of " + o.Dir, Err: err}
+	}
+	o.records = records{dir: o.Dir}
+	o.guests = map[cay.ExecutionID]*guest{}
+	o.bySbx = map[cay.SandboxID]*guest{}
+	o.starting = map[cay.SandboxID]*start{}
+	o.hot = map[poolKey]time.Time{}
+	o.kick = make(chan struct{}, 1)
+	o.turn = make(chan struct{}, bootsAtOnce())
+	o.ends.init()
+	o.past.init(o.now)
+	if o.Guest == nil {
+		o.Guest = newHTTPGuest()
+	}
+	if o.StartTimeout == 0 {
+		o.StartTimeout = defaultStartTimeout
+	}
+	if o.MaxSandboxes == 0 {
+		o.MaxSandboxes = defaultMax
+	}
+	o.life, o.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	if err := o.reconcile(ctx); err != nil {
+		o.cancel()
+		o.wg.Wait()
+		return err
+	}
+	o.mu.Lock()
+	o.open = true
+	o.mu.Unlock()
+	o.wg.Go(func() { o.fill(o.life) })
+	return nil
+}
+
+// Close lets go of every guest without ending one. Starts under way are rolled
+// back. It may be called twice and after a failed Open.
+func (o *Orchestrator) Close() error {
+	o.mu.Lock()
+	o.open = false
+	starts := make([]*start, 0, len(o.starting))
+	for _, s := range o.starting {
+		starts = append(starts, s)
+	}
+	cancel := o.cancel
+	o.mu.Unlock()
+	for _, s := range starts {
+		s.cancel(errShuttingDown())
+	}
+	for _, s := range starts {
+		<-s.done
+	}
+	if cancel != nil {
+		cancel()
+	}
+	o.wg.Wait()
+	return nil
+}
+
+// Shutdown ends every guest, for `cay down`. Call it before Close.
+func (o *Orchestrator) Shutdown(ctx context.Context) error {
+	o.mu.Lock()
+	o.open = false
+	o.hot = map[poolKey]time.Time{}
+	all := make([]*guest, 0, len(o.guests))
+	for _, g := range o.guests {
+		all = append(all, g)
+	}
+	starts := make([]*start, 0, len(o.starting))
+	for _, s := range o.starting {
+		starts = append(starts, s)
+	}
+	o.mu.Unlock()
+	for _, s := range starts {
+		s.cancel(errShuttingDown())
+		<-s.done
+	}
+	var wg sync.WaitGroup
+	limit := make(chan struct{}, 8)
+	for _, g := range all {
+		wg.Go(func() {
+			limit <- struct{}{}
+			defer func() { <-limit }()
+			o.end(g, cay.EndShutdown, "the operator stopped Cay with `cay down`")
+			select {
+			case <-g.gone:
+			case <-ctx.Done():
+			}
+		})
+	}
+	wg.Wait()
+	return ctx.Err()
+}
+
+func errShuttingDown() error {
+	return &cay.Error{Code: cay.CodeShuttingDown, Layer: cay.LayerPlacement,
+		Message: "the server is going down", Fix: "try again when it is up"}
+}
+
+func errNotFound(id cay.SandboxID) error {
+	return &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerRuntime,
+		Message: fmt.Sprintf("sandbox %s does not run on this node", id),
+		Fix:     "see `cay sandbox list` for those that run"}
+}
+
+// Create implements [cay.Node].
+func (o *Orchestrator) Create(ctx context.Context, c cay.SandboxConfig) (cay.NodeSandbox, error) {
+	ctx, stop := context.WithTimeoutCause(ctx, o.StartTimeout, &cay.Error{
+		Code: cay.CodePlacementTimeout, Layer: cay.LayerPlacement,
+		Message: fmt.Sprintf("the sandbox was not ready within %s", o.StartTimeout),
+		Fix:     "look at the machine's load; `cay sandbox inspect` shows which step was slow"})
+	defer stop()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+
+	s := &start{cancel: cancel, done: make(chan struct{})}
+	if err := o.admit(c.ID, s); err != nil {
+		return cay.NodeSandbox{}, err
+	}
+	defer func() {
+		o.mu.Lock()
+		delete(o.starting, c.ID)
+		o.mu.Unlock()
+		close(s.done)
+	}()
+
+	g, err := o.place(ctx, c)
+	if err != nil {
+		return cay.NodeSandbox{}, err
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.view(g), nil
+}
+
+// admit reserves the ID, or says why not.
+func (o *Orchestrator) admit(id cay.SandboxID, s *start) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.open {
+		return errShuttingDown()
+	}
+	if o.bySbx[id] != nil || o.starting[id] != nil {
+		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerPlacement,
+			Message: fmt.Sprintf("sandbox %s exists already", id), Fix: "create a sandbox under a new ID"}
+	}
+	if n := len(o.bySbx) + len(o.starting); n >= o.MaxSandboxes {
+		return &cay.Error{Code: cay.CodeCapacity, Layer: cay.LayerPlacement,
+			Message: fmt.Sprintf("no node can take this sandbox: 1 node checked, 1 full (%d of %d sandboxes run)", n, o.MaxSandboxes),
+			Fix:     "kill sandboxes you no longer need (`cay sandbox list`), or raise --max-sandboxes"}
+	}
+	if o.MemoryAvailable != nil {
+		if free, err := o.MemoryAvailable(); err == nil && free < memoryReserve+idleGuest {
+			return &cay.Error{Code: cay.CodeCapacity, Layer: cay.LayerPlacement,
+				Message: fmt.Sprintf("no node can take this sandbox: 1 node checked, 1 short of memory (%d MiB available, %d MiB are kept for the host, a sandbox starts with about %d MiB)",
+					free>>20, memoryReserve>>20, idleGuest>>20),
+				Fix: "kill sandboxes you no longer need, or add memory"}
+		}
+	}
+	o.starting[id] = s
+	return nil
+}
+
+// place finds or boots a guest and gives it to the sandbox.
+func (o *Orchestrator) place(ctx context.Context, c cay.SandboxConfig) (*guest, error) {
+	begin := o.now()
+	m, layers, err := o.Builds.Open(ctx, c.Build)
+	if err != nil {
+		return nil, err
+	}
+	key := poolKey{build: c.Build, res: c.Resources}
+	g := o.claim(key, c)
+	if g == nil {
+		b := boot{manifest: m, layers: layers, res: c.Resources, allow: c.AllowInternet}
+		if g, err = o.boot(ctx, b); err != nil {
+			return nil, err
+		}
+	}
+	if err := o.assign(ctx, g, c, m); err != nil {
+		o.end(g, cay.EndStartFailed, err.Error())
+		return nil, err
+	}
+	o.log().Info("sandbox runs", "sandbox", c.ID, "execution", g.rec.Execution, "took", o.now().Sub(begin))
+	return g, nil
+}
+
+// assign makes a booted guest the sandbox c.
+func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig, m cay.Manifest) error {
+	began := o.now()
+	o.mu.Lock()
+	if g.rec.Phase == booting || g.rec.Phase == pooled {
+		g.rec.Sandbox, g.rec.Team, g.rec.Template = c.ID, c.TeamID, c.Template
+		g.rec.TrafficToken = c.TrafficToken.Reveal()
+		g.rec.StartedAt, g.rec.Deadline = began, c.Deadline
+	}
+	if err := o.moveLocked(g, running); err != nil {
+		o.mu.Unlock()
+		return o.diedDuring(ctx, g, "taking its configuration")
+	}
+	o.bySbx[c.ID] = g
+	addr := g.addr()
+	o.mu.Unlock()
+
+	err := o.Guest.Init(ctx, addr, guestConfig(g.rec.Execution, c, m, began))
+	o.step(g, "init", cay.LayerEnvd, began, err)
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		select {
+		case <-g.exited:
+			return o.diedDuring(ctx, g, "taking its configuration")
+		default:
+		}
+		return &cay.Error{Code: cay.CodeEnvdInit, Layer: cay.LayerEnvd,
+			Message: "envd in the guest did not take its configuration: " + err.Error(),
+			Fix:     "try again; if it stays, rebuild the template with `cay template refresh`",
+			Detail:  o.consoleDetail(ctx, g), Err: err}
+	}
+	return o.publish(ctx, g)
+}
+
+// publish puts the guest's sandbox into the catalog.
+func (o *Orchestrator) publish(ctx context.Context, g *guest) error {
+	o.mu.Lock()
+	r := catalog.Route{Sandbox: g.rec.Sandbox, Execution: g.rec.Execution, Node: o.Node,
+		Addr: g.addr().Addr, TrafficToken: cay.Secret(g.rec.TrafficToken)}
+	alive := g.rec.Phase == running
+	o.mu.Unlock()
+	if !alive {
+		return o.diedDuring(ctx, g, "starting")
+	}
+	if err := o.Catalog.Put(ctx, r); err != nil {
+		return &cay.Error{Code: cay.CodeInternal, Layer: cay.LayerPlacement,
+			Message: "the sandbox runs but the proxy cannot be told where", Fix: "try again", Err: err}
+	}
+	// It may have ended between the check and the Put; end() deletes before or
+	// after us, so look again.
+	o.mu.Lock()
+	alive = g.rec.Phase == running
+	o.mu.Unlock()
+	if !alive {
+		_ = o.Catalog.Delete(ctx, r.Sandbox, r.Execution) // an entry of a dead execution answers 502 anyway
+		return o.diedDuring(ctx, g, "starting")
+	}
+	return nil
+}
+
+func guestConfig(e cay.ExecutionID, c cay.SandboxConfig, m cay.Manifest, now time.Time) GuestConfig {
+	env := map[string]string{}
+	for k, v := range m.Defaults.Env {
+		env[k] = v
+	}
+	for k, v := range c.EnvVars {
+		env[k] = v
+	}
+	env["E2B_SANDBOX"] = "true"
+	env["E2B_SANDBOX_ID"] = string(c.ID)
+	env["E2B_TEMPLATE_ID"] = string(c.Template)
+	return GuestConfig{EnvVars: env, AccessToken: c.AccessToken.Reveal(), Timestamp: now,
+		DefaultUser: m.Defaults.User, DefaultWorkdir: m.Defaults.Workdir,
+		LifecycleID: string(e), Hostname: string(c.ID), Generation: string(e)}
+}
+
+// Kill implements [cay.Node].
+func (o *Orchestrator) Kill(ctx context.Context, id cay.SandboxID, reason cay.EndReason) error {
+	o.mu.Lock()
+	s, g := o.starting[id], o.bySbx[id]
+	o.mu.Unlock()
+	if s != nil {
+		s.cancel(&cay.Error{Code: cay.CodeConflict, Layer: cay.LayerPlacement,
+			Message: fmt.Sprintf("sandbox %s was killed while it started", id), Fix: "create a new one"})
+		select {
+		case <-s.done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		o.mu.Lock()
+		g = o.bySbx[id] // it may have won the race
+		o.mu.Unlock()
+		if g == nil {
+			return nil
+		}
+	}
+	if g == nil {
+		return errNotFound(id)
+	}
+	o.end(g, reason, "")
+	select {
+	case <-g.gone:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// SetDeadline implements [cay.Node].
+func (o *Orchestrator) SetDeadline(_ context.Context, id cay.SandboxID, t time.Time) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	g := o.bySbx[id]
+	if g == nil || g.rec.Phase != running {
+		return errNotFound(id)
+	}
+	g.rec.Deadline = t
+	return o.records.write(g.rec)
+}
+
+// Get implements [cay.Node].
+func (o *Orchestrator) Get(_ context.Context, id cay.SandboxID) (cay.NodeSandbox, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	g := o.bySbx[id]
+	if g == nil {
+		return cay.NodeSandbox{}, errNotFound(id)
+	}
+	return o.view(g), nil
+}
+
+// List implements [cay.Node].
+func (o *Orchestrator) List(context.Context) ([]cay.NodeSandbox, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := make([]cay.NodeSandbox, 0, len(o.bySbx))
+	for _, g := range o.bySbx {
+		out = append(out, o.view(g))
+	}
+	return out, nil
+}
+
+// view must be called with mu held.
+func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
+	r := g.rec
+	st := cay.StateRunning
+	if r.Phase == ending {
+		st = cay.StateKilling
+	}
+	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
+		Build: r.Build, Resources: r.Resources, State: st, StartedAt: r.StartedAt, Deadline: r.Deadline,
+		EnvdVersion: r.EnvdVersion, Adopted: g.adopted,
+		Host: cay.SandboxOnHost{Container: string(r.Execution), Address: r.Addr,
+			NetNS: r.NetNS, RootFS: r.RootFS, DiskImage: r.DiskImage}}
+}
+
+// Inspect is Get with what only the engine knows.
+func (o *Orchestrator) Inspect(ctx context.Context, id cay.SandboxID) (cay.NodeSandbox, error) {
+	s, err := o.Get(ctx, id)
+	if err != nil {
+		return s, err
+	}
+	info, err := o.Runtime.Info(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Host.Runtime, s.Host.RuntimeVersion = info.Name, info.Version
+	all, err := o.Runtime.Instances(ctx)
+	if err != nil {
+		return s, err
+	}
+	for _, in := range all {
+		if string(in.ID) == s.Host.Container {
+			s.Host.PID = in.PID
+		}
+	}
+	return s, nil
+}
+
+// Console implements [cay.Node].
+func (o *Orchestrator) Console(ctx context.Context, id cay.SandboxID) ([]cay.ConsoleLine, error) {
+	o.mu.Lock()
+	g := o.bySbx[id]
+	o.mu.Unlock()
+	if g == nil {
+		if p, ok := o.past.get(id); ok {
+			return p.console, nil
+		}
+		return nil, errNotFound(id)
+	}
+	return o.Runtime.Console(ctx, runtime.InstanceID(g.rec.Execution))
+}
+
+// Trace implements [cay.Node].
+func (o *Orchestrator) Trace(_ context.Context, id cay.SandboxID) ([]cay.StartStep, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if g := o.bySbx[id]; g != nil {
+		return append([]cay.StartStep(nil), g.rec.Steps...), nil
+	}
+	if p, ok := o.past.get(id); ok {
+		return p.steps, nil
+	}
+	return nil, errNotFound(id)
+}
+
+// Watch implements [cay.Node].
+func (o *Orchestrator) Watch(ctx context.Context, f func(cay.SandboxEnd)) error {
+	return o.ends.watch(ctx, f)
+}
+
+// Info implements [cay.Node].
+func (o *Orchestrator) Info(ctx context.Context) (cay.NodeInfo, error) {
+	info, err := o.Runtime.Info(ctx)
+	if err != nil {
+		return cay.NodeInfo{}, err
+	}
+	mem, err := memoryTotal()
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return cay.NodeInfo{}, fmt.Errorf("reading the machine's memory: %w", err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := cay.NodeInfo{ID: o.Node, Version: cay.Version, Runtime: info.Name, RuntimeVersion: info.Version,
+		CPUs: cpus(), MemoryBytes: mem, Sandboxes: len(o.bySbx)}
+	for _, g := range o.guests {
+		if g.rec.Phase == pooled {
+			n.PoolReady++
+		}
+	}
+	return n, nil
+}

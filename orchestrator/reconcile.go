@@ -1,0 +1,115 @@
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime"
+)
+
+// reconcile makes the node's records and the host agree, after a crash as
+// after a clean stop. It may itself be killed at any point and run again.
+//
+//   - running and the engine lives: adopt, route, watch.
+//   - pooled and the engine lives: adopt into the pool.
+//   - booting, ending, or the engine is gone: roll forward to removal; a
+//     sandbox's end is reported with its reason.
+//   - an engine instance, a disk or a slot that no record names: remove.
+func (o *Orchestrator) reconcile(ctx context.Context) error {
+	recs, errs := o.records.readAll()
+	for _, err := range errs {
+		o.log().Error("a record of the node cannot be used; what it names is left alone", "error", err)
+	}
+	instances, err := o.Runtime.Instances(ctx)
+	if err != nil {
+		return err
+	}
+	live := map[cay.ExecutionID]runtime.Instance{}
+	for _, in := range instances {
+		live[cay.ExecutionID(in.ID)] = in
+	}
+	owned := map[cay.ExecutionID]bool{}
+	var doomed []*guest
+	for _, r := range recs {
+		owned[r.Execution] = true
+		g := &guest{rec: r, allow: true, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
+		o.mu.Lock()
+		o.guests[r.Execution] = g
+		if r.Sandbox != "" && r.Phase != booting {
+			o.bySbx[r.Sandbox] = g
+		}
+		o.mu.Unlock()
+		if r.Slot >= 0 {
+			if _, err := o.Slots.Adopt(ctx, r.Slot); err != nil && r.Phase == running {
+				g.exit = runtime.Exit{Reason: cay.EndNodeLost, Code: -1, Message: "its network slot is gone"}
+				o.log().Error("the network slot of a running sandbox is gone", "sandbox", r.Sandbox, "slot", r.Slot, "error", err)
+				doomed = append(doomed, g)
+				continue
+			}
+		}
+		in, known := live[r.Execution]
+		keep := known && in.State == runtime.Running && (r.Phase == running || (r.Phase == pooled && r.Sandbox == "" && o.PoolSize > 0))
+		if !keep {
+			if known && in.Exit != nil {
+				g.exit = *in.Exit
+			} else {
+				g.exit = runtime.Exit{Reason: cay.EndNodeLost, Code: -1, Message: "the machine or the engine went away while no server ran"}
+			}
+			doomed = append(doomed, g)
+			continue
+		}
+		if r.Phase == running {
+			if err := o.publish(ctx, g); err != nil {
+				return fmt.Errorf("routing the adopted sandbox %s: %w", r.Sandbox, err)
+			}
+			o.log().Info("sandbox adopted", "sandbox", r.Sandbox, "execution", r.Execution)
+		}
+		o.watch(g)
+	}
+	if len(errs) > 0 {
+		// What an unreadable record names cannot be told from garbage, so
+		// nothing unowned is removed in this run.
+		return nil
+	}
+	for _, g := range doomed {
+		o.endRecovered(g)
+	}
+	return o.sweep(ctx, live, owned)
+}
+
+// endRecovered removes what an earlier run left of a guest.
+func (o *Orchestrator) endRecovered(g *guest) {
+	reason, msg := g.exit.Reason, g.exit.Message
+	switch g.rec.Phase {
+	case booting:
+		reason, msg = cay.EndStartFailed, "the server stopped while the sandbox started"
+	case ending:
+		// The removal was under way: go on with it, with its own reason.
+		o.wg.Go(func() { o.remove(context.WithoutCancel(o.life), g) })
+		return
+	}
+	o.end(g, reason, msg)
+}
+
+// sweep removes what no record names.
+func (o *Orchestrator) sweep(ctx context.Context, live map[cay.ExecutionID]runtime.Instance, owned map[cay.ExecutionID]bool) error {
+	var errs []error
+	for id := range live {
+		if !owned[id] {
+			o.log().Warn("removing an instance that no record owns", "instance", id)
+			errs = append(errs, o.Runtime.Kill(ctx, runtime.InstanceID(id)))
+		}
+	}
+	disks, err := o.Disks.List(ctx)
+	errs = append(errs, err)
+	for _, id := range disks {
+		if !owned[cay.ExecutionID(id)] {
+			o.log().Warn("removing a disk that no record owns", "disk", id)
+			errs = append(errs, o.Disks.Remove(ctx, id))
+		}
+	}
+	errs = append(errs, o.Slots.Sweep(ctx))
+	return errors.Join(errs...)
+}

@@ -1,0 +1,150 @@
+package orchestrator
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cayhq/cay"
+)
+
+// recordFormat is the number of the record's format. A server that meets a
+// number it does not know leaves that sandbox alone and says so.
+const recordFormat = 1
+
+// phase is what the node intends with a guest. It is written before the host
+// is touched, so that after a crash the reconciler knows which way to roll.
+type phase string
+
+const (
+	booting phase = "booting" // being made: roll back
+	pooled  phase = "pooled"  // booted ahead, belongs to nobody: keep
+	running phase = "running" // belongs to a sandbox: keep
+	ending  phase = "ending"  // being removed: roll forward
+)
+
+// legal lists the moves of a guest. Everything else is a defect.
+var legal = map[phase][]phase{
+	"":      {booting},
+	booting: {pooled, running, ending},
+	pooled:  {running, ending},
+	running: {ending},
+	ending:  {},
+}
+
+// record is the node's own truth about one guest: enough to adopt it, or to
+// remove every host object of it, without asking anybody. It is a file of mode
+// 0600 named after the execution, because it holds the guest's tokens.
+//
+// It is not synced to disk: a record describes running processes, and what
+// takes the page cache takes the processes too.
+type record struct {
+	Format    int             `json:"format"`
+	Execution cay.ExecutionID `json:"execution"` // also the name of the engine's instance and of the disk
+	Phase     phase           `json:"phase"`
+	Build     cay.BuildID     `json:"build"`
+	Resources cay.Resources   `json:"resources"`
+	BootedAt  time.Time       `json:"bootedAt"`
+	// Slot is the index of the network slot; -1 before one is held.
+	Slot         int             `json:"slot"`
+	Addr         string          `json:"addr,omitempty"`
+	NetNS        string          `json:"netns,omitempty"`
+	RootFS       string          `json:"rootfs,omitempty"`
+	DiskImage    string          `json:"diskImage,omitempty"`
+	ControlToken string          `json:"controlToken"`
+	EnvdVersion  string          `json:"envdVersion,omitempty"`
+	Steps        []cay.StartStep `json:"steps,omitempty"`
+
+	// Set when the guest belongs to a sandbox.
+	Sandbox      cay.SandboxID  `json:"sandbox,omitempty"`
+	Team         cay.TeamID     `json:"team,omitempty"`
+	Template     cay.TemplateID `json:"template,omitempty"`
+	TrafficToken string         `json:"trafficToken,omitempty"`
+	StartedAt    time.Time      `json:"startedAt,omitzero"`
+	Deadline     time.Time      `json:"deadline,omitzero"`
+
+	// Set in phase ending.
+	EndReason  cay.EndReason `json:"endReason,omitempty"`
+	EndMessage string        `json:"endMessage,omitempty"`
+}
+
+// records keeps record files in one directory.
+type records struct{ dir string }
+
+func (rs records) path(e cay.ExecutionID) string {
+	return filepath.Join(rs.dir, string(e)+".json")
+}
+
+// write replaces the record's file atomically.
+func (rs records) write(r record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encoding the record of %s: %w", r.Execution, err)
+	}
+	tmp := rs.path(r.Execution) + ".tmp"
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return fmt.Errorf("writing the record of %s: %w", r.Execution, err)
+	}
+	if err := os.Rename(tmp, rs.path(r.Execution)); err != nil {
+		return fmt.Errorf("publishing the record of %s: %w", r.Execution, err)
+	}
+	return nil
+}
+
+func (rs records) remove(e cay.ExecutionID) error {
+	if err := os.Remove(rs.path(e)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing the record of %s: %w", e, err)
+	}
+	return nil
+}
+
+// readAll returns every record, and an error per file that is not one. A
+// half-written temporary file is removed: its rename never happened, so the
+// state it describes was never entered.
+func (rs records) readAll() ([]record, []error) {
+	entries, err := os.ReadDir(rs.dir)
+	if err != nil {
+		return nil, []error{fmt.Errorf("reading the node's records: %w", err)}
+	}
+	var out []record
+	var errs []error
+	for _, e := range entries {
+		name := e.Name()
+		if strings.HasSuffix(name, ".tmp") {
+			errs = appendErr(errs, os.Remove(filepath.Join(rs.dir, name)))
+			continue
+		}
+		id, ok := strings.CutSuffix(name, ".json")
+		if !ok {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(rs.dir, name))
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reading the record %s: %w", name, err))
+			continue
+		}
+		var r record
+		if err := json.Unmarshal(b, &r); err != nil {
+			errs = append(errs, fmt.Errorf("decoding the record %s: %w", name, err))
+			continue
+		}
+		if r.Format != recordFormat || string(r.Execution) != id {
+			errs = append(errs, fmt.Errorf("the record %s has format %d and names %q: not ours to touch", name, r.Format, r.Execution))
+			continue
+		}
+		out = append(out, r)
+	}
+	return out, errs
+}
+
+func appendErr(errs []error, err error) []error {
+	if err != nil {
+		return append(errs, err)
+	}
+	return errs
+}
