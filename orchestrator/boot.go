@@ -96,8 +96,9 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	o.step(g, "queue", cay.LayerPlacement, queued, nil)
 
 	if err := o.bootSteps(ctx, g, b); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+		var typed *cay.Error
+		if ctx.Err() != nil && !errors.As(err, &typed) {
+			err = context.Cause(ctx) // says who gave up; "context canceled" does not
 		}
 		o.end(g, cay.EndStartFailed, err.Error())
 		return nil, err

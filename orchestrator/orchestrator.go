@@ -423,7 +423,7 @@ func (o *Orchestrator) Get(_ context.Context, id cay.SandboxID) (cay.NodeSandbox
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	g := o.bySbx[id]
-	if g == nil {
+	if g == nil || g.rec.Phase == ending {
 		return cay.NodeSandbox{}, errNotFound(id)
 	}
 	return o.view(g), nil
@@ -435,7 +435,9 @@ func (o *Orchestrator) List(context.Context) ([]cay.NodeSandbox, error) {
 	defer o.mu.Unlock()
 	out := make([]cay.NodeSandbox, 0, len(o.bySbx))
 	for _, g := range o.bySbx {
-		out = append(out, o.view(g))
+		if g.rec.Phase != ending {
+			out = append(out, o.view(g))
+		}
 	}
 	return out, nil
 }
@@ -443,12 +445,8 @@ func (o *Orchestrator) List(context.Context) ([]cay.NodeSandbox, error) {
 // view must be called with mu held.
 func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
 	r := g.rec
-	st := cay.StateRunning
-	if r.Phase == ending {
-		st = cay.StateKilling
-	}
 	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
-		Build: r.Build, Resources: r.Resources, State: st, StartedAt: r.StartedAt, Deadline: r.Deadline,
+		Build: r.Build, Resources: r.Resources, State: cay.StateRunning, StartedAt: r.StartedAt, Deadline: r.Deadline,
 		EnvdVersion: r.EnvdVersion, Adopted: g.adopted,
 		Host: cay.SandboxOnHost{Container: string(r.Execution), Address: r.Addr,
 			NetNS: r.NetNS, RootFS: r.RootFS, DiskImage: r.DiskImage}}

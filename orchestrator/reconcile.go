@@ -66,6 +66,12 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 			}
 			o.log().Info("sandbox adopted", "sandbox", r.Sandbox, "execution", r.Execution)
 		}
+		if r.Phase == pooled {
+			// Stays hot, or the pool would throw it away at once.
+			o.mu.Lock()
+			o.hot[poolKey{r.Build, r.Resources}] = o.now()
+			o.mu.Unlock()
+		}
 		o.watch(g)
 	}
 	if len(errs) > 0 {

@@ -1,0 +1,741 @@
+package orchestrator_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/catalog"
+	"github.com/cayhq/cay/orchestrator"
+	"github.com/cayhq/cay/runtime"
+)
+
+// world is a host made of maps: engine, slots, disks, builds, guests. It
+// outlives an Orchestrator, so that a test can crash one and open another.
+type world struct {
+	mu        sync.Mutex
+	instances map[runtime.InstanceID]*instance
+	slots     map[int]bool
+	disks     map[string]bool
+	routes    map[cay.SandboxID]catalog.Route
+	inits     []orchestrator.GuestConfig
+	cuts      []cay.ExecutionID
+
+	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove
+	build    cay.BuildID      // what guests report; "" is the right one
+	bootTime time.Duration
+}
+
+type instance struct {
+	spec  runtime.Spec
+	state runtime.State
+	exit  *runtime.Exit
+	ended chan struct{}
+}
+
+func newWorld() *world {
+	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, disks: map[string]bool{},
+		routes: map[cay.SandboxID]catalog.Route{}, fail: map[string]error{}, bootTime: 50 * time.Millisecond}
+}
+
+func (w *world) err(step string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.fail[step]
+}
+
+func (w *world) setFail(step string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail[step] = err
+}
+
+// ids lists the engine's instances.
+func (w *world) ids() []runtime.InstanceID {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Collect(maps.Keys(w.instances))
+}
+
+// leftovers lists every host object.
+func (w *world) leftovers() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out []string
+	for id := range w.instances {
+		out = append(out, "instance "+string(id))
+	}
+	for i := range w.slots {
+		out = append(out, fmt.Sprint("slot ", i))
+	}
+	for id := range w.disks {
+		out = append(out, "disk "+id)
+	}
+	for id := range w.routes {
+		out = append(out, "route "+string(id))
+	}
+	slices.Sort(out)
+	return out
+}
+
+// engine is the runtime of the world.
+type engine struct{ *world }
+
+func (e engine) Open(context.Context) error     { return nil }
+func (e engine) Close() error                   { return nil }
+func (e engine) Shutdown(context.Context) error { return nil }
+func (e engine) Info(context.Context) (runtime.Info, error) {
+	return runtime.Info{Name: "fake", Version: "1"}, nil
+}
+func (e engine) Create(ctx context.Context, s runtime.Spec) error {
+	if err := e.err("create"); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.instances[s.ID] = &instance{spec: s, state: runtime.Created, ended: make(chan struct{})}
+	return nil
+}
+func (e engine) Start(_ context.Context, id runtime.InstanceID) error {
+	if err := e.err("start"); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.instances[id].state = runtime.Running
+	return nil
+}
+func (e engine) Kill(_ context.Context, id runtime.InstanceID) error {
+	if err := e.err("kill"); err != nil {
+		return err
+	}
+	e.die(id, runtime.Exit{Reason: cay.EndRequest, Message: "killed"})
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.instances, id)
+	return nil
+}
+
+// die ends an instance as if by itself.
+func (w *world) die(id runtime.InstanceID, x runtime.Exit) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if in := w.instances[id]; in != nil && in.exit == nil {
+		in.exit, in.state = &x, runtime.Exited
+		close(in.ended)
+	}
+}
+func (e engine) Wait(ctx context.Context, id runtime.InstanceID) (runtime.Exit, error) {
+	e.mu.Lock()
+	in := e.instances[id]
+	e.mu.Unlock()
+	if in == nil {
+		return runtime.Exit{}, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerRuntime}
+	}
+	select {
+	case <-in.ended:
+		return *in.exit, nil
+	case <-ctx.Done():
+		return runtime.Exit{}, ctx.Err()
+	}
+}
+func (e engine) Instances(context.Context) ([]runtime.Instance, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var out []runtime.Instance
+	for id, in := range e.instances {
+		out = append(out, runtime.Instance{ID: id, PID: 1000, State: in.state, Exit: in.exit})
+	}
+	return out, nil
+}
+func (e engine) Console(context.Context, runtime.InstanceID) ([]cay.ConsoleLine, error) {
+	return []cay.ConsoleLine{{Text: "init: hello"}, {Text: "init: no such file: /usr/bin/envd"}}, nil
+}
+func (e engine) Stats(context.Context, runtime.InstanceID) (runtime.Stats, error) {
+	return runtime.Stats{}, nil
+}
+
+// slots is the network of the world.
+type slots struct{ *world }
+
+func (s slots) Acquire(context.Context, bool) (orchestrator.Slot, error) {
+	if err := s.err("acquire"); err != nil {
+		return orchestrator.Slot{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := 0; ; i++ {
+		if !s.slots[i] {
+			s.slots[i] = true
+			return slot(i), nil
+		}
+	}
+}
+func slot(i int) orchestrator.Slot {
+	return orchestrator.Slot{Index: i, Addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), NetNS: fmt.Sprint("ns", i)}
+}
+func (s slots) Adopt(_ context.Context, i int) (orchestrator.Slot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.slots[i] {
+		return orchestrator.Slot{}, errors.New("no such slot")
+	}
+	return slot(i), nil
+}
+func (s slots) Release(_ context.Context, i int) error {
+	if err := s.err("release"); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.slots, i)
+	return nil
+}
+func (s slots) Sweep(context.Context) error { return nil }
+
+// disks are the disks of the world.
+type disks struct{ *world }
+
+func (d disks) Create(_ context.Context, r orchestrator.RootSpec) (orchestrator.Root, error) {
+	if err := d.err("disk"); err != nil {
+		return orchestrator.Root{}, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.disks[r.ID] = true
+	return orchestrator.Root{Path: "root/" + r.ID, Image: r.ID + ".img"}, nil
+}
+func (d disks) Remove(_ context.Context, id string) error {
+	if err := d.err("remove"); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.disks, id)
+	return nil
+}
+func (d disks) List(context.Context) ([]string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var out []string
+	for id := range d.disks {
+		out = append(out, id)
+	}
+	return out, nil
+}
+
+// table is the catalog of the world.
+type table struct{ *world }
+
+func (t table) Put(_ context.Context, r catalog.Route) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.routes[r.Sandbox] = r
+	return nil
+}
+func (t table) Get(_ context.Context, id cay.SandboxID) (catalog.Route, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, ok := t.routes[id]
+	if !ok {
+		return r, catalog.ErrNotFound
+	}
+	return r, nil
+}
+func (t table) Delete(_ context.Context, id cay.SandboxID, e cay.ExecutionID) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.routes[id].Execution == e {
+		delete(t.routes, id)
+	}
+	return nil
+}
+func (t table) List(context.Context) ([]catalog.Route, error) { return nil, nil }
+
+// inside is the guests' control channel.
+type inside struct{ *world }
+
+func (g inside) Identity(ctx context.Context, a orchestrator.GuestAddr) (orchestrator.GuestIdentity, error) {
+	if err := g.err("identity"); err != nil {
+		return orchestrator.GuestIdentity{}, err
+	}
+	select {
+	case <-time.After(g.bootTime):
+	case <-ctx.Done():
+		return orchestrator.GuestIdentity{}, ctx.Err()
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for id, in := range g.instances {
+		env := in.spec.Env
+		if !slices.Contains(env, "CAY_CONTROL_TOKEN="+a.Token.Reveal()) {
+			continue
+		}
+		b := g.build
+		if b == "" {
+			b = cay.BuildID(in.spec.Labels["build"])
+		}
+		return orchestrator.GuestIdentity{Build: b, Instance: string(id), EnvdVersion: "0.6.13", EnvdDigest: "sha256:e"}, nil
+	}
+	return orchestrator.GuestIdentity{}, errors.New("no guest has this token")
+}
+func (g inside) Init(_ context.Context, _ orchestrator.GuestAddr, c orchestrator.GuestConfig) error {
+	if err := g.err("init"); err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.inits = append(g.inits, c)
+	return nil
+}
+
+type streams struct{ *world }
+
+func (s streams) Cut(_ cay.SandboxID, e cay.ExecutionID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cuts = append(s.cuts, e)
+}
+
+type builds struct{}
+
+func (builds) Open(_ context.Context, b cay.BuildID) (cay.Manifest, []orchestrator.LayerFile, error) {
+	if b == "missing" {
+		return cay.Manifest{}, nil, &cay.Error{Code: cay.CodeTemplateIncomplete, Layer: cay.LayerTemplate, Message: "layer 1 is missing"}
+	}
+	return cay.Manifest{Build: b, Init: "/init", Envd: "sha256:e", EnvdVersion: "0.6.13",
+		Defaults: cay.Defaults{User: "user", Env: map[string]string{"LANG": "C.UTF-8", "A": "template"}}}, nil, nil
+}
+
+func node(w *world, dir string, pool int) *orchestrator.Orchestrator {
+	return &orchestrator.Orchestrator{Node: "n1", Dir: dir, Runtime: engine{w}, Slots: slots{w}, Disks: disks{w},
+		Builds: builds{}, Catalog: table{w}, Streams: streams{w}, Guest: inside{w}, PoolSize: pool, MaxSandboxes: 5,
+		StartTimeout: 10 * time.Second}
+}
+
+func open(t *testing.T, w *world, pool int) (*orchestrator.Orchestrator, string) {
+	t.Helper()
+	dir := t.TempDir()
+	return reopen(t, w, dir, pool), dir
+}
+
+func reopen(t *testing.T, w *world, dir string, pool int) *orchestrator.Orchestrator {
+	t.Helper()
+	o := node(w, dir, pool)
+	if err := o.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+func config(id string) cay.SandboxConfig {
+	return cay.SandboxConfig{ID: cay.SandboxID(id), TeamID: "t", Template: "tpl", Build: "b1", AllowInternet: true,
+		Resources: cay.Resources{CPUs: 2, MemoryMB: 512, DiskMB: 1024}, AccessToken: "tok", EnvVars: map[string]string{"A": "client"}}
+}
+
+func mustCreate(t *testing.T, o *orchestrator.Orchestrator, id string) cay.NodeSandbox {
+	t.Helper()
+	s, err := o.Create(t.Context(), config(id))
+	if err != nil {
+		t.Fatalf("create %s: %v", id, err)
+	}
+	return s
+}
+
+// wantClean waits for the background removals and checks that nothing is left.
+func wantClean(t *testing.T, w *world, dir string) {
+	t.Helper()
+	time.Sleep(time.Minute) // virtual: inside a synctest bubble
+	synctest.Wait()
+	if l := w.leftovers(); len(l) > 0 {
+		t.Errorf("left on the host: %s", strings.Join(l, ", "))
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		t.Errorf("left in the record directory: %s", f.Name())
+	}
+}
+
+func TestCreateAndKill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		s := mustCreate(t, o, "i1")
+		if s.State != cay.StateRunning || s.EnvdVersion != "0.6.13" || s.Host.Address != "10.0.0.0" {
+			t.Errorf("got %+v", s)
+		}
+		r, err := table{w}.Get(t.Context(), "i1")
+		if err != nil || r.Execution != s.ExecutionID {
+			t.Errorf("route %+v, %v", r, err)
+		}
+		c := w.inits[0]
+		want := map[string]string{"LANG": "C.UTF-8", "A": "client", "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": "i1", "E2B_TEMPLATE_ID": "tpl"}
+		if len(c.EnvVars) != len(want) {
+			t.Errorf("environment %v", c.EnvVars)
+		}
+		for k, v := range want {
+			if c.EnvVars[k] != v {
+				t.Errorf("%s=%q, want %q", k, c.EnvVars[k], v)
+			}
+		}
+		if c.AccessToken != "tok" || c.DefaultUser != "user" || c.Generation != string(s.ExecutionID) {
+			t.Errorf("init got %+v", c)
+		}
+		if _, err := o.Create(t.Context(), config("i1")); cay.CodeOf(err) != cay.CodeConflict {
+			t.Errorf("same ID again: %v", err)
+		}
+		if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := (table{w}).Get(t.Context(), "i1"); !errors.Is(err, catalog.ErrNotFound) {
+			t.Errorf("the killed sandbox still has a route: %v", err)
+		}
+		if err := o.Kill(t.Context(), "i1", cay.EndRequest); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Errorf("second kill: %v", err)
+		}
+		wantClean(t, w, dir)
+		if len(w.cuts) != 1 || w.cuts[0] != s.ExecutionID {
+			t.Errorf("cuts %v", w.cuts)
+		}
+		if tr, err := o.Trace(t.Context(), "i1"); err != nil || len(tr) < 5 {
+			t.Errorf("the trace of an ended sandbox: %v, %v", tr, err)
+		}
+		if l, err := o.Console(t.Context(), "i1"); err != nil || len(l) != 2 {
+			t.Errorf("the console of an ended sandbox: %v, %v", l, err)
+		}
+	})
+}
+
+func TestFailedStartLeavesNothing(t *testing.T) {
+	boom := &cay.Error{Code: cay.CodeEngineFailed, Layer: cay.LayerRuntime, Message: "boom"}
+	for step, want := range map[string]cay.Code{
+		"create": cay.CodeEngineFailed, "start": cay.CodeEngineFailed, "acquire": cay.CodeEngineFailed, "disk": cay.CodeEngineFailed,
+		"identity": cay.CodeEnvdUnreachable, "init": cay.CodeEnvdInit,
+	} {
+		t.Run(step, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				o, dir := open(t, w, 0)
+				defer o.Close()
+				w.setFail(step, boom)
+				_, err := o.Create(t.Context(), config("i1"))
+				if cay.CodeOf(err) != want {
+					t.Fatalf("got %v, want code %s", err, want)
+				}
+				if _, err := o.Get(t.Context(), "i1"); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+					t.Error("a failed sandbox is still there")
+				}
+				wantClean(t, w, dir)
+				w.setFail(step, nil)
+				mustCreate(t, o, "i1") // the ID is free again
+			})
+		})
+	}
+}
+
+func TestWrongRootFileSystemIsNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		w.build = "another"
+		_, err := o.Create(t.Context(), config("i1"))
+		if cay.CodeOf(err) != cay.CodeRootfsMismatch || !strings.Contains(err.Error(), "another") {
+			t.Errorf("got %v", err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestIncompleteTemplate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		c := config("i1")
+		c.Build = "missing"
+		if _, err := o.Create(t.Context(), c); cay.CodeOf(err) != cay.CodeTemplateIncomplete {
+			t.Errorf("got %v", err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestGuestDiesWhileStarting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.bootTime = time.Hour
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		go func() {
+			time.Sleep(100 * time.Millisecond)
+			for _, id := range w.ids() {
+				w.die(id, runtime.Exit{Reason: cay.EndOOM, Message: "out of memory at 512 MiB"})
+			}
+		}()
+		_, err := o.Create(t.Context(), config("i1"))
+		if cay.CodeOf(err) != cay.CodeGuestOOM || !strings.Contains(err.Error(), "/usr/bin/envd") {
+			t.Errorf("want guest_oom with the console's tail, got %v", err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestCallerVanishes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.bootTime = time.Hour
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		if _, err := o.Create(ctx, config("i1")); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestKillWhileStarting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.bootTime = time.Hour
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		done := make(chan error)
+		go func() { _, err := o.Create(t.Context(), config("i1")); done <- err }()
+		time.Sleep(100 * time.Millisecond)
+		if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; cay.CodeOf(err) != cay.CodeConflict {
+			t.Errorf("the create: %v", err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestGuestEndsByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		s := mustCreate(t, o, "i1")
+		w.die(runtime.InstanceID(s.ExecutionID), runtime.Exit{Reason: cay.EndOOM, Message: "the guest used more than 512 MiB"})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var got []cay.SandboxEnd
+		_ = o.Watch(ctx, func(e cay.SandboxEnd) { got = append(got, e) })
+		if len(got) != 1 || got[0].ID != "i1" || got[0].Reason != cay.EndOOM || got[0].Message == "" {
+			t.Errorf("ends %+v", got)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestCapacity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, _ := open(t, w, 0)
+		defer o.Close()
+		for i := range 5 {
+			mustCreate(t, o, fmt.Sprint("i", i))
+		}
+		_, err := o.Create(t.Context(), config("i9"))
+		if cay.CodeOf(err) != cay.CodeCapacity || !strings.Contains(err.Error(), "5 of 5") {
+			t.Errorf("want the arithmetic of the refusal, got %v", err)
+		}
+		o.MemoryAvailable = func() (int64, error) { return 100 << 20, nil }
+		if err := o.Kill(t.Context(), "i0", cay.EndRequest); err != nil {
+			t.Fatal(err)
+		}
+		_, err = o.Create(t.Context(), config("i9"))
+		if cay.CodeOf(err) != cay.CodeCapacity || !strings.Contains(err.Error(), "100 MiB") {
+			t.Errorf("want the memory's arithmetic, got %v", err)
+		}
+	})
+}
+
+func TestPool(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 2)
+		defer o.Close()
+		o.Warm("b1", config("x").Resources)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if n, err := o.Info(t.Context()); err != nil || n.PoolReady != 2 || n.Sandboxes != 0 {
+			t.Fatalf("info %+v, %v", n, err)
+		}
+		began := time.Now()
+		mustCreate(t, o, "i1")
+		if took := time.Since(began); took != 0 {
+			t.Errorf("a create from the pool waited %s for a boot", took)
+		}
+		off := config("i2")
+		off.AllowInternet = false
+		began = time.Now()
+		if _, err := o.Create(t.Context(), off); err != nil {
+			t.Fatal(err)
+		}
+		if time.Since(began) == 0 {
+			t.Error("a sandbox without internet was taken from the pool, whose slots have it")
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if n, _ := o.Info(t.Context()); n.PoolReady != 2 {
+			t.Errorf("the pool was not filled again: %+v", n)
+		}
+		if err := o.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+func TestPooledGuestThatDiesIsReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, _ := open(t, w, 1)
+		defer o.Close()
+		o.Warm("b1", config("x").Resources)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		first := w.ids()[0]
+		w.die(first, runtime.Exit{Reason: cay.EndEngineCrash})
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if slices.Contains(w.ids(), first) {
+			t.Error("the dead guest is still there")
+		}
+		if n, _ := o.Info(t.Context()); n.PoolReady != 1 {
+			t.Errorf("info %+v", n)
+		}
+	})
+}
+
+func TestRestartAdopts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 1)
+		o.Warm("b1", config("x").Resources)
+		a := mustCreate(t, o, "i1")
+		b := mustCreate(t, o, "i2")
+		deadline := time.Now().Add(time.Hour).UTC()
+		if err := o.SetDeadline(t.Context(), "i1", deadline); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		o.Close()
+		w.routes = map[cay.SandboxID]catalog.Route{} // the catalog was in the server's memory
+		w.die(runtime.InstanceID(b.ExecutionID), runtime.Exit{Reason: cay.EndGuestExit, Message: "PID 1 ended"})
+
+		o = reopen(t, w, dir, 1)
+		defer o.Close()
+		s, err := o.Get(t.Context(), "i1")
+		if err != nil || !s.Adopted || s.ExecutionID != a.ExecutionID || !s.Deadline.Equal(deadline) {
+			t.Errorf("adopted %+v, %v", s, err)
+		}
+		if r, err := (table{w}).Get(t.Context(), "i1"); err != nil || r.Execution != a.ExecutionID {
+			t.Errorf("route %+v, %v", r, err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var ends []cay.SandboxEnd
+		_ = o.Watch(ctx, func(e cay.SandboxEnd) { ends = append(ends, e) })
+		if len(ends) != 1 || ends[0].ID != "i2" || ends[0].Reason != cay.EndGuestExit {
+			t.Errorf("what ended while no server ran: %+v", ends)
+		}
+		if n, _ := o.Info(t.Context()); n.PoolReady != 1 {
+			t.Errorf("the pooled guest was not adopted: %+v", n)
+		}
+		w.die(runtime.InstanceID(a.ExecutionID), runtime.Exit{Reason: cay.EndEngineCrash})
+		time.Sleep(time.Second)
+		if _, err := o.Get(t.Context(), "i1"); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Error("an adopted guest is not watched")
+		}
+		if err := o.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+// A server that stops at any step of a start leaves what the next one removes.
+func TestCrashWhileStarting(t *testing.T) {
+	for _, step := range []string{"create", "start", "identity", "init"} {
+		t.Run(step, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				dir := t.TempDir()
+				o := node(w, dir, 0)
+				if err := o.Open(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				// A crash is a step that fails and a removal that cannot work.
+				w.setFail(step, errors.New("crash"))
+				for _, s := range []string{"kill", "release", "remove"} {
+					w.setFail(s, errors.New("crash"))
+				}
+				go o.Create(t.Context(), config("i1"))
+				time.Sleep(30 * time.Second)
+				o.Close()
+				if len(w.leftovers()) == 0 {
+					t.Fatal("the crash left nothing, so this test tests nothing")
+				}
+				w.mu.Lock()
+				clear(w.fail)
+				w.mu.Unlock()
+				o = reopen(t, w, dir, 0)
+				defer o.Close()
+				wantClean(t, w, dir)
+			})
+		})
+	}
+}
+
+func TestUnownedObjectsAreRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.disks["xstray"] = true
+		w.instances["xstray"] = &instance{state: runtime.Running, ended: make(chan struct{})}
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		wantClean(t, w, dir)
+	})
+}
+
+func TestUnreadableRecordStopsSweeping(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		a := mustCreate(t, o, "i1")
+		b := mustCreate(t, o, "i2")
+		o.Close()
+		if err := os.WriteFile(dir+"/"+string(a.ExecutionID)+".json", []byte(`{"format":99}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		o = reopen(t, w, dir, 0)
+		defer o.Close()
+		if !slices.Contains(w.ids(), runtime.InstanceID(a.ExecutionID)) {
+			t.Error("a guest whose record this version cannot read was removed")
+		}
+		if s, err := o.Get(t.Context(), "i2"); err != nil || s.ExecutionID != b.ExecutionID {
+			t.Errorf("the readable one was not adopted: %v", err)
+		}
+	})
+}
