@@ -1,0 +1,224 @@
+package gvisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/runtime"
+)
+
+// cgroupRoot is where the kernel's cgroups are, by convention of every
+// distribution.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// unified reports whether the machine has cgroup v2 only, as gVisor decides it.
+var unified = sync.OnceValue(func() bool {
+	var st unix.Statfs_t
+	return unix.Statfs(cgroupRoot, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+})
+
+// swapLimitable reports whether swap can be limited here.
+var swapLimitable = sync.OnceValue(func() bool {
+	if unified() {
+		return true
+	}
+	_, err := os.Stat(filepath.Join(cgroupRoot, "memory", "memory.memsw.limit_in_bytes"))
+	return err == nil
+})
+
+// hierarchies are the directories a cgroup path is below: one in v2, one for
+// each controller in v1.
+func hierarchies() []string {
+	if unified() {
+		return []string{cgroupRoot}
+	}
+	ents, err := os.ReadDir(cgroupRoot)
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for _, e := range ents {
+		// cpu and cpuacct may be links to one directory; unified is v2 beside v1.
+		if e.IsDir() && e.Name() != "unified" {
+			out = append(out, filepath.Join(cgroupRoot, e.Name()))
+		}
+	}
+	return out
+}
+
+// cgroup is the cgroup of one instance.
+type cgroup string
+
+func (g cgroup) dir(controller string) string {
+	if unified() {
+		return filepath.Join(cgroupRoot, string(g))
+	}
+	return filepath.Join(cgroupRoot, controller, string(g))
+}
+
+func (g cgroup) number(controller, file string) int64 {
+	data, err := os.ReadFile(filepath.Join(g.dir(controller), file))
+	if err != nil {
+		return 0
+	}
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
+	return n
+}
+
+// fields reads a file of lines "name number".
+func (g cgroup) fields(controller, file string) map[string]int64 {
+	data, err := os.ReadFile(filepath.Join(g.dir(controller), file))
+	if err != nil {
+		return nil
+	}
+	return parseFields(string(data))
+}
+
+func parseFields(s string) map[string]int64 {
+	m := map[string]int64{}
+	for line := range strings.Lines(s) {
+		f := strings.Fields(line)
+		if len(f) != 2 {
+			continue
+		}
+		if n, err := strconv.ParseInt(f[1], 10, 64); err == nil {
+			m[f[0]] = n
+		}
+	}
+	return m
+}
+
+// oomKills is how many processes the kernel ended because the instance was at
+// its memory limit.
+func (g cgroup) oomKills() int64 {
+	if unified() {
+		return g.fields("", "memory.events")["oom_kill"]
+	}
+	return g.fields("memory", "memory.oom_control")["oom_kill"]
+}
+
+// pidsRefused is how many forks failed because of the limit on host tasks.
+func (g cgroup) pidsRefused() int64 { return g.fields("pids", "pids.events")["max"] }
+
+// stats reads the figures of the instance.
+func (g cgroup) stats() runtime.Stats {
+	var s runtime.Stats
+	if unified() {
+		s.CPUNanos = g.fields("", "cpu.stat")["usage_usec"] * 1000
+		s.MemoryBytes = g.number("", "memory.current")
+	} else {
+		s.CPUNanos = g.number("cpuacct", "cpuacct.usage")
+		s.MemoryBytes = g.number("memory", "memory.usage_in_bytes")
+	}
+	// Guest memory is a file in memory, which the kernel counts as shmem and
+	// not among these two: what remains here is page cache of the disk.
+	m := g.fields("memory", "memory.stat")
+	prefix := "total_"
+	if unified() {
+		prefix = ""
+	}
+	s.MemoryCached = m[prefix+"inactive_file"] + m[prefix+"active_file"]
+	s.MemoryBytes = max(0, s.MemoryBytes-s.MemoryCached)
+	s.PIDs = int(g.number("pids", "pids.current"))
+	return s
+}
+
+// members returns the processes in the cgroup, and in the cgroups below it.
+func (g cgroup) members() []int {
+	var pids []int
+	seen := map[int]bool{}
+	for _, controller := range []string{"pids", "memory", "cpu"} {
+		_ = filepath.WalkDir(g.dir(controller), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.IsDir() {
+				return nil //nolint:nilerr // it may go away while we look
+			}
+			data, _ := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+			for line := range strings.Lines(string(data)) {
+				if pid, err := strconv.Atoi(strings.TrimSpace(line)); err == nil && pid > 0 && !seen[pid] {
+					seen[pid] = true
+					pids = append(pids, pid)
+				}
+			}
+			return nil
+		})
+		if unified() {
+			break
+		}
+	}
+	return pids
+}
+
+// killAll ends every process in the cgroup and returns when none is left.
+func (g cgroup) killAll(ctx context.Context) error {
+	for {
+		pids := g.members()
+		if len(pids) == 0 {
+			return nil
+		}
+		for _, pid := range pids {
+			p, err := openProcess(processID{PID: pid})
+			if err != nil {
+				continue
+			}
+			_ = p.kill()
+			_ = p.file.SetReadDeadline(time.Now().Add(time.Second))
+			_ = p.wait()
+			p.close()
+		}
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("waiting for processes %v of cgroup %s: %w", g.members(), g, err)
+		}
+	}
+}
+
+// remove removes the cgroup from every hierarchy.
+func (g cgroup) remove(ctx context.Context) error {
+	var errs []error
+	for _, h := range hierarchies() {
+		if err := removeTree(ctx, filepath.Join(h, string(g))); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeTree removes a cgroup directory and those below it. A cgroup whose last
+// process has just ended is busy for a moment.
+func removeTree(ctx context.Context, dir string) error {
+	for wait := time.Millisecond; ; wait *= 2 {
+		err := unix.Rmdir(dir)
+		switch {
+		case err == nil || errors.Is(err, unix.ENOENT):
+			return nil
+		case !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOTEMPTY):
+			return fmt.Errorf("removing cgroup %s: %w", dir, err)
+		}
+		ents, _ := os.ReadDir(dir)
+		for _, e := range ents {
+			if e.IsDir() {
+				if err := removeTree(ctx, filepath.Join(dir, e.Name())); err != nil {
+					return err
+				}
+			}
+		}
+		select {
+		case <-time.After(min(wait, 50*time.Millisecond)):
+		case <-ctx.Done():
+			return fmt.Errorf("removing cgroup %s: %w", dir, err)
+		}
+	}
+}
+
+// hostPIDs is the limit on host tasks of an instance whose guest may have n
+// processes and threads. See DESIGN.md for where the figures come from.
+func hostPIDs(n int) int64 { return int64(2*n + 256) }

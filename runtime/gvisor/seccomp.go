@@ -1,0 +1,5 @@
+package gvisor
+
+func registerSeccomp() {}
+
+func seccompPrecompiled() bool { return false }
