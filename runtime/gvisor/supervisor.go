@@ -532,4 +532,3 @@ func detail() map[string]string {
 	}
 	return d
 }
-
