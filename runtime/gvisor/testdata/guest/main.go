@@ -23,6 +23,11 @@ func main() {
 		os.Exit(code)
 	case "run": // for ever
 		forever()
+	case "later": // exit after so many milliseconds, with a code
+		ms, _ := strconv.Atoi(args[0])
+		code, _ := strconv.Atoi(args[1])
+		time.Sleep(time.Duration(ms) * time.Millisecond)
+		os.Exit(code)
 	case "print": // a text, then run
 		fmt.Println(strings.Join(args, " "))
 		forever()
