@@ -73,6 +73,8 @@ type Disks struct {
 	// none of them is unmounted between its mount and the overlay's.
 	layersUsed sync.RWMutex
 
+	reclaiming sync.Mutex
+
 	// fault, in tests, is called before each step of Create and Remove.
 	fault func(step string) error
 }
@@ -381,7 +383,7 @@ func (d *Disks) list() ([]string, error) {
 		return nil, hostError("read the disks", d.path(disksDir), err)
 	}
 	files, err := os.ReadDir(d.path(poolDir, imageDir))
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // absent: the pool is not mounted
 		return nil, hostError("read the pool", d.path(poolDir, imageDir), err)
 	}
 	var ids []string
@@ -411,7 +413,15 @@ func (d *Disks) admit(s Spec) error {
 	if reserve < 0 {
 		return nil
 	}
-	for _, dir := range []string{d.Dir, d.path(poolDir)} {
+	err := d.checkRoom(s, reserve)
+	if err != nil && d.reclaim() {
+		err = d.checkRoom(s, reserve)
+	}
+	return err
+}
+
+func (d *Disks) checkRoom(s Spec, reserve int64) error {
+	for _, dir := range []string{d.path(poolDir), d.Dir} {
 		free, total, err := freeSpace(dir)
 		if err != nil {
 			return diskError("measure the free space of "+dir, err)
