@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -27,7 +28,7 @@ const guestPIDs = 2048
 // boot says what to boot.
 type boot struct {
 	manifest cay.Manifest
-	layers   []LayerFile
+	layers   []disk.Layer
 	res      cay.Resources
 	allow    bool // the slot reaches the internet
 }
@@ -108,7 +109,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 
 func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	var slot Slot
-	var root Root
+	var root disk.Root
 	// The group's context is not used for the two: cancelling one half-way
 	// because the other failed saves nothing and tests less.
 	var eg errgroup.Group
@@ -125,7 +126,7 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	})
 	eg.Go(func() (err error) {
 		began := o.now()
-		root, err = o.Disks.Create(ctx, RootSpec{ID: string(g.rec.Execution), Layers: b.layers, SizeMB: b.res.DiskMB})
+		root, err = o.Disks.Create(ctx, disk.Spec{ID: string(g.rec.Execution), Layers: b.layers, SizeMB: b.res.DiskMB})
 		o.step(g, "disk", cay.LayerStorage, began, err)
 		return err
 	})

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/disk"
 )
 
 // Slot is a network a guest can have: a namespace whose link becomes the
@@ -27,28 +28,9 @@ type Slots interface {
 	Sweep(ctx context.Context) error
 }
 
-// Root is a mounted, writable root directory.
-type Root struct {
-	Path  string
-	Image string // the file that holds what the guest writes
-}
-
-// RootSpec says what a root directory is made of.
-type RootSpec struct {
-	ID     string
-	Layers []LayerFile // lowest first
-	SizeMB int         // what the guest may write
-}
-
-// LayerFile is a read-only image on this machine.
-type LayerFile struct {
-	Digest cay.Digest
-	Path   string
-}
-
 // Disks is what the orchestrator needs of the disk mechanism.
 type Disks interface {
-	Create(ctx context.Context, s RootSpec) (Root, error)
+	Create(ctx context.Context, s disk.Spec) (disk.Root, error)
 	// Remove takes a root directory away with everything written to it; an
 	// unknown one is no error.
 	Remove(ctx context.Context, id string) error
@@ -61,7 +43,7 @@ type Builds interface {
 	// Open returns the manifest of a build and the files of its layers,
 	// lowest first. Errors are template_not_found, template_incomplete,
 	// template_invalid, object_corrupt.
-	Open(ctx context.Context, b cay.BuildID) (cay.Manifest, []LayerFile, error)
+	Open(ctx context.Context, b cay.BuildID) (cay.Manifest, []disk.Layer, error)
 }
 
 // Streams is told of routes that are gone, so that open connections to a guest

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
+	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/orchestrator"
 	"github.com/cayhq/cay/runtime"
 )
@@ -206,14 +207,14 @@ func (s slots) Sweep(context.Context) error { return nil }
 // disks are the disks of the world.
 type disks struct{ *world }
 
-func (d disks) Create(_ context.Context, r orchestrator.RootSpec) (orchestrator.Root, error) {
+func (d disks) Create(_ context.Context, r disk.Spec) (disk.Root, error) {
 	if err := d.err("disk"); err != nil {
-		return orchestrator.Root{}, err
+		return disk.Root{}, err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.disks[r.ID] = true
-	return orchestrator.Root{Path: "root/" + r.ID, Image: r.ID + ".img"}, nil
+	return disk.Root{Path: "root/" + r.ID, Image: r.ID + ".img"}, nil
 }
 func (d disks) Remove(_ context.Context, id string) error {
 	if err := d.err("remove"); err != nil {
@@ -309,7 +310,7 @@ func (s streams) Cut(_ cay.SandboxID, e cay.ExecutionID) {
 
 type builds struct{}
 
-func (builds) Open(_ context.Context, b cay.BuildID) (cay.Manifest, []orchestrator.LayerFile, error) {
+func (builds) Open(_ context.Context, b cay.BuildID) (cay.Manifest, []disk.Layer, error) {
 	if b == "missing" {
 		return cay.Manifest{}, nil, &cay.Error{Code: cay.CodeTemplateIncomplete, Layer: cay.LayerTemplate, Message: "layer 1 is missing"}
 	}
