@@ -31,9 +31,9 @@ func prepareEngine() {
 	registerSeccomp()
 }
 
-// platform is how the engine intercepts system calls: systrap needs no hardware
+// enginePlatform is how the engine intercepts system calls: systrap needs no hardware
 // support, so that it works on any machine, virtual ones included.
-const platform = "systrap"
+const enginePlatform = "systrap"
 
 // engineFlags are the flags of every gVisor process of an instance whose
 // directory is d. The bare `runsc` of a benchmark takes the same.
@@ -42,7 +42,7 @@ func engineFlags(d layout, debugDir string) []string {
 		"--root=" + d.engineRoot,
 		"--shared-root=" + d.shared,
 		"--panic-log=" + d.panicLog,
-		"--platform=" + platform,
+		"--platform=" + enginePlatform,
 		// The guest's disk is a real file system made by the caller, and only
 		// the guest writes to it.
 		"--overlay2=none",

@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +28,11 @@ var guestProgram string
 func TestMain(m *testing.M) {
 	Dispatch()
 	if len(os.Args) > 2 && os.Args[1] == "supervise" {
-		if err := Supervise(context.Background(), os.Args[2]); err != nil {
+		s := &Supervisor{Dir: os.Args[2], Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), DebugDir: os.Getenv("CAY_TEST_DEBUG")}
+		if d, err := time.ParseDuration(os.Getenv("CAY_TEST_IDLE")); err == nil {
+			s.IdleExit = d
+		}
+		if err := s.Run(context.Background()); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -53,6 +58,9 @@ func TestMain(m *testing.M) {
 // needRoot skips a test that makes namespaces and cgroups.
 func needRoot(t testing.TB) {
 	t.Helper()
+	if builtWithCgo {
+		t.Skip("gVisor cannot start itself from a binary with cgo: run with CGO_ENABLED=0")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("gVisor's sandboxes need root: namespaces, mounts and cgroups")
 	}

@@ -81,6 +81,9 @@ func (r *Runtime) Open(ctx context.Context) error {
 			Message: fmt.Sprintf("the path of the data directory is too long: the supervisor's socket %s would have %d bytes of at most %d", r.home.socket(), n, maxSocketPath),
 			Fix:     "use a data directory with a shorter path"}
 	}
+	if builtWithCgo {
+		return &cay.Error{Code: cay.CodeHostUnsupported, Layer: cay.LayerRuntime, Message: "this binary was built with cgo, with which gVisor cannot start itself", Fix: "build with CGO_ENABLED=0"}
+	}
 	if os.Geteuid() != 0 {
 		return &cay.Error{Code: cay.CodePrivilege, Layer: cay.LayerHost, Message: "gVisor needs root: it makes namespaces, mounts and cgroups", Fix: "run the server as root"}
 	}
@@ -304,7 +307,7 @@ func (r *Runtime) Info(ctx context.Context) (runtime.Info, error) {
 	}
 	d["supervisor_pid"] = strconv.Itoa(h.PID)
 	d["protocol"] = strconv.Itoa(h.Protocol)
-	return runtime.Info{Name: "gvisor", Version: h.Engine, Platform: platform, Detail: d}, nil
+	return runtime.Info{Name: "gvisor", Version: h.Engine, Platform: enginePlatform, Detail: d}, nil
 }
 
 // Create implements [runtime.Runtime].
