@@ -1,0 +1,597 @@
+// Package network gives each sandbox a network of its own: a slot, made of two
+// namespaces, three links and a firewall, over netlink and without helper
+// programs.
+//
+// A guest always sees itself as 169.254.0.21 behind 169.254.0.22. A router
+// namespace around it translates to the slot's own address, by which this
+// machine, and nobody else, reaches the guest. Outwards a guest reaches the
+// public internet or nothing, as its [Policy] says; never the machine itself,
+// another guest, or a special address (see [Refused]). Two walls enforce this:
+// one in the slot's router namespace, one in the host's. DESIGN.md draws it.
+//
+// A slot is used once. Given back, it is cut off, proven empty and removed;
+// its index then serves a slot built anew.
+//
+// The package keeps no record of slots: the host's namespaces and links are
+// the record, so a process killed at any instant is followed by one that sees,
+// adopts or removes everything.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay"
+)
+
+// DefaultCIDR is the range out of which servers of one machine take blocks.
+var DefaultCIDR = netip.MustParsePrefix("10.193.0.0/16")
+
+// DefaultSize and DefaultWarm are the figures of a pool that is told none.
+const (
+	DefaultSize = 1024
+	DefaultWarm = 8
+)
+
+// Policy says what a guest may reach.
+type Policy struct {
+	// AllowInternet lets the guest open connections to public addresses.
+	// Without it the guest reaches nothing; the host still reaches the guest.
+	AllowInternet bool
+}
+
+// Pool makes slots ahead and hands them out. Set the fields, then Open. The
+// methods are safe for concurrent use. All of it happens in the network
+// namespace that the process is in, "the host".
+type Pool struct {
+	// Tag tells this pool's objects from those of other servers of the
+	// machine: 1 to 8 lower-case letters and digits, in every name.
+	Tag string
+	// NamespaceDir is where namespaces get their names; /run/netns makes them
+	// visible to ip-netns(8).
+	NamespaceDir string
+	// StateDir is a directory that all servers of the machine share and that
+	// does not survive a reboot. It holds who uses which addresses.
+	StateDir string
+	// CIDR is the range to take a block from; zero is DefaultCIDR. A block is
+	// a sixteenth of it, at most 2,048 slots.
+	CIDR netip.Prefix
+	// Refuse are further destinations no guest reaches.
+	Refuse []netip.Prefix
+	// Size bounds the slots in use; 0 is DefaultSize.
+	Size int
+	// Warm is how many slots to hold ready; 0 is DefaultWarm, negative none.
+	Warm int
+	Now  func() time.Time // nil is time.Now
+	Log  *slog.Logger     // nil discards
+
+	mu      sync.Mutex
+	open    bool
+	block   netip.Prefix
+	refused []netip.Prefix // for router namespaces
+	mtu     int
+	host    *netlink.Handle
+	slots   map[int]state
+	next    int // where to look for a free index: the longest unused comes first
+	kick    chan struct{}
+	stop    context.CancelFunc
+	done    sync.WaitGroup
+}
+
+// state is what the pool does with an index. An index without one is free.
+type state int
+
+const (
+	building state = iota + 1
+	ready
+	taken
+	unowned // found at Open, not adopted yet
+	leaving // somebody is removing it
+	stuck   // removing it did not work; the filler tries again
+)
+
+var validTag = regexp.MustCompile(`^[a-z0-9]{1,8}$`)
+
+// Open claims a block of addresses, puts the firewall in force, finds the
+// slots an earlier process left, and starts to fill the pool. Slots found are
+// neither used nor removed until [Pool.Adopt], [Pool.Release] or [Pool.Sweep]
+// says which. Guests keep running undisturbed.
+func (p *Pool) Open(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.open {
+		return nil
+	}
+	if err := p.check(); err != nil {
+		return err
+	}
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fail("opening netlink", err)
+	}
+	p.host = host
+	if err := p.prepare(); err != nil {
+		host.Close()
+		return err
+	}
+	run, stop := context.WithCancel(context.WithoutCancel(ctx))
+	p.stop, p.kick, p.open = stop, make(chan struct{}, 1), true
+	p.done.Go(func() { p.fill(run) })
+	p.wake()
+	return nil
+}
+
+func (p *Pool) check() error {
+	bad := func(format string, a ...any) error {
+		return &cay.Error{Code: cay.CodeConfigInvalid, Layer: cay.LayerNetwork,
+			Message: "the sandbox network: " + fmt.Sprintf(format, a...), Fix: "correct the setting"}
+	}
+	c := p.cidr()
+	switch {
+	case !validTag.MatchString(p.Tag):
+		return bad("tag %q is not 1 to 8 lower-case letters and digits", p.Tag)
+	case p.NamespaceDir == "" || p.StateDir == "":
+		return bad("the directories for namespaces and for state are not set")
+	case !c.IsValid() || !c.Addr().Is4() || c != c.Masked() || c.Bits() < 8 || c.Bits() > 24 || !c.Addr().IsPrivate():
+		return bad("the range of addresses %s is not a range of private IPv4 addresses with 8 to 24 bits of prefix", c)
+	}
+	return nil
+}
+
+// prepare does the parts of Open that may have to be undone by closing host.
+func (p *Pool) prepare() error {
+	if err := makeNamespaceDir(p.NamespaceDir); err != nil {
+		return fail("making the directory of namespaces", err)
+	}
+	p.mtu = mtu(p.host)
+	p.refused = append(append(Refused(), p.Refuse...), p.cidr())
+	err := p.take(func() error {
+		c := &nftables.Conn{}
+		open, err := openSlots(c, p)
+		if err != nil {
+			return fmt.Errorf("reading the firewall: %w", err)
+		}
+		if err := hostFirewall(c, p, open); err != nil {
+			return fmt.Errorf("loading the firewall: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return fail("preparing the host", err)
+	}
+	found, err := p.found()
+	if err != nil {
+		return fail("looking for slots", err)
+	}
+	p.slots = map[int]state{}
+	for i := range found {
+		p.slots[i] = unowned
+	}
+	return nil
+}
+
+// Close stops filling the pool and removes the slots nobody has. Slots in use
+// stay, and so do the firewall and the claim on addresses; see [Pool.Destroy].
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	if !p.open {
+		p.mu.Unlock()
+		return nil
+	}
+	p.open = false
+	p.stop()
+	p.mu.Unlock()
+	p.done.Wait() // also for calls under way, which may still use the host
+
+	var errs []error
+	for i, s := range p.slots {
+		if s == ready || s == stuck {
+			errs = append(errs, p.remove(context.Background(), i))
+		}
+	}
+	p.host.Close()
+	return fail("closing the pool", errors.Join(errs...))
+}
+
+// Acquire returns a clean slot with the policy in force: one made ahead, or
+// else one made now. Errors are no_network_slot, network_unavailable and
+// missing_privilege.
+func (p *Pool) Acquire(ctx context.Context, policy Policy) (Slot, error) {
+	leave, err := p.enter()
+	if err != nil {
+		return Slot{}, err
+	}
+	defer leave()
+	if err := ctx.Err(); err != nil {
+		return Slot{}, err
+	}
+	index, made := p.takeReady()
+	if !made {
+		if index, err = p.reserve(p.size()); err != nil {
+			return Slot{}, err
+		}
+		if err := p.make(index, taken); err != nil {
+			return Slot{}, err
+		}
+	}
+	if !policy.AllowInternet { // slots are made open
+		if err := p.setPolicy(index, policy); err != nil {
+			p.dispose(index)
+			return Slot{}, fail("setting the policy of a slot", err)
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		p.dispose(index)
+		return Slot{}, err
+	}
+	p.wake()
+	return p.slot(index), nil
+}
+
+// Adopt claims a slot that an earlier process handed out and that its guest
+// still uses; its policy stays in force. network_unavailable says that the
+// slot is not, or no longer wholly, there.
+func (p *Pool) Adopt(_ context.Context, index int) (Slot, error) {
+	leave, err := p.enter()
+	if err != nil {
+		return Slot{}, err
+	}
+	defer leave()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch p.slots[index] {
+	case taken:
+		return p.slot(index), nil
+	case unowned:
+	default:
+		return Slot{}, fail(fmt.Sprintf("adopting slot %d", index), errors.New("there is no such slot"))
+	}
+	if err := p.whole(index); err != nil {
+		return Slot{}, fail(fmt.Sprintf("adopting slot %d", index), err)
+	}
+	p.slots[index] = taken
+	return p.slot(index), nil
+}
+
+// Release gives a slot back, whoever holds it; an unknown one is no error. At
+// its return the slot reaches nothing and nothing reaches it. If processes are
+// still in it, that is an error, the index stays out of use, and the pool
+// tries again by itself until they are gone.
+func (p *Pool) Release(_ context.Context, index int) error {
+	leave, err := p.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	p.mu.Lock()
+	switch p.slots[index] {
+	case taken, unowned:
+		p.slots[index] = leaving
+		p.mu.Unlock()
+		return p.finish(index)
+	default: // free, never handed out, or on its way
+		p.mu.Unlock()
+		return nil
+	}
+}
+
+// Sweep removes the slots that Open found and nobody adopted.
+func (p *Pool) Sweep(ctx context.Context) error {
+	leave, err := p.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	p.mu.Lock()
+	var gone []int
+	for i, s := range p.slots {
+		if s == unowned {
+			p.slots[i] = leaving
+			gone = append(gone, i)
+		}
+	}
+	p.mu.Unlock()
+	var errs []error
+	for _, i := range gone {
+		errs = append(errs, p.finish(i))
+	}
+	return errors.Join(errs...)
+}
+
+// Destroy closes the pool and removes all of it from the host: every slot,
+// those in use included, the firewall and the claim, and restores IP
+// forwarding if this machine's pools had changed it. It works on a pool that
+// was never opened too.
+func (p *Pool) Destroy(ctx context.Context) error {
+	if err := p.check(); err != nil {
+		return err
+	}
+	closed := p.Close()
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fail("opening netlink", err)
+	}
+	defer host.Close()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.host = host
+	if err := makeNamespaceDir(p.NamespaceDir); err != nil {
+		return fail("opening the directory of namespaces", err)
+	}
+	found, err := p.found()
+	if err != nil {
+		return fail("looking for slots", err)
+	}
+	errs := []error{closed}
+	for i := range found {
+		errs = append(errs, p.remove(ctx, i))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fail("removing the slots", err) // the firewall stays while a slot does
+	}
+	p.slots = nil
+	if err := dropTable(&nftables.Conn{}, p.tableName()); err != nil {
+		return fail("removing the firewall", err)
+	}
+	return fail("giving back the addresses", p.giveBack())
+}
+
+// Block returns the addresses of this pool's slots.
+func (p *Pool) Block() netip.Prefix {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.block
+}
+
+// Stats tells how many slots are in use and ready, and how many could not be
+// cleaned because processes are still in them.
+type Stats struct{ InUse, Ready, Stuck int }
+
+// Stats returns the figures of now.
+func (p *Pool) Stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var s Stats
+	for _, st := range p.slots {
+		switch st {
+		case taken, unowned:
+			s.InUse++
+		case ready:
+			s.Ready++
+		case stuck:
+			s.Stuck++
+		}
+	}
+	return s
+}
+
+// enter holds the pool open for a call.
+func (p *Pool) enter() (leave func(), err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.open {
+		return nil, errNotOpen()
+	}
+	p.done.Add(1)
+	return p.done.Done, nil
+}
+
+func (p *Pool) takeReady() (index int, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []int
+	for i, s := range p.slots {
+		if s == ready {
+			all = append(all, i)
+		}
+	}
+	if len(all) == 0 {
+		return 0, false
+	}
+	index = slices.Min(all)
+	p.slots[index] = taken
+	return index, true
+}
+
+// reserve takes a free index for a slot to be built, if fewer than limit
+// indexes have a use.
+func (p *Pool) reserve(limit int) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.slots) >= limit {
+		return 0, errNoSlot(limit)
+	}
+	room := p.room()
+	for range room {
+		i := p.next
+		p.next = (p.next + 1) % room
+		if _, used := p.slots[i]; !used {
+			p.slots[i] = building
+			return i, nil
+		}
+	}
+	return 0, errNoSlot(limit)
+}
+
+// make builds the slot of a reserved index and gives it a state.
+func (p *Pool) make(index int, then state) error {
+	if err := p.build(index); err != nil {
+		p.dispose(index)
+		return fail("making a slot", err)
+	}
+	p.mark(index, then)
+	return nil
+}
+
+// dispose removes a slot that nobody got.
+func (p *Pool) dispose(index int) {
+	p.mark(index, leaving)
+	if err := p.finish(index); err != nil {
+		p.log().Warn("a network slot could not be removed yet", "slot", index, "err", err)
+	}
+}
+
+// finish removes a slot that the caller has put in state leaving, and frees
+// its index if that worked.
+func (p *Pool) finish(index int) error {
+	err := p.remove(context.Background(), index)
+	if err == nil {
+		err = p.forget(index)
+	}
+	p.mu.Lock()
+	if err != nil {
+		p.slots[index] = stuck
+	} else {
+		delete(p.slots, index)
+	}
+	p.mu.Unlock()
+	p.wake()
+	return fail(fmt.Sprintf("removing slot %d", index), err)
+}
+
+// forget ends the host's memory of a slot's connections.
+func (p *Pool) forget(index int) error {
+	a := p.addresses(index)
+	f := &addrFilter{a: [2]netip.Addr{a.slot, a.host}}
+	_, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f)
+	return err
+}
+
+// addrFilter matches connections that one of the addresses is an end of.
+type addrFilter struct{ a [2]netip.Addr }
+
+// MatchConntrackFlow implements the library's filter.
+func (f *addrFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	for _, t := range []netlink.IPTuple{flow.Forward, flow.Reverse} {
+		for _, ip := range [][]byte{t.SrcIP, t.DstIP} {
+			a, _ := netip.AddrFromSlice(ip)
+			if a = a.Unmap(); a == f.a[0] || a == f.a[1] {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (p *Pool) mark(index int, s state) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.slots[index] = s
+}
+
+func (p *Pool) wake() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// retryAfter is the pause after a slot could not be made or removed.
+const retryAfter = time.Second
+
+// fill holds the pool full until ctx ends.
+func (p *Pool) fill(ctx context.Context) {
+	var last string
+	for {
+		p.mu.Lock()
+		var again []int
+		warm := 0
+		for i, s := range p.slots {
+			switch s {
+			case stuck:
+				p.slots[i] = leaving
+				again = append(again, i)
+			case ready, building:
+				warm++
+			}
+		}
+		p.mu.Unlock()
+		var err error
+		for _, i := range again {
+			err = errors.Join(err, p.finish(i))
+		}
+		if err == nil && warm < p.warm() && ctx.Err() == nil {
+			var index int
+			if index, err = p.reserve(p.size()); err == nil {
+				if err = p.make(index, ready); err == nil {
+					continue
+				}
+			}
+			if cay.CodeOf(err) == cay.CodeNoSlot { // not before one is released
+				err = nil
+			}
+		}
+		if err == nil {
+			last = ""
+			select {
+			case <-ctx.Done():
+				return
+			case <-p.kick:
+			}
+			continue
+		}
+		if text := err.Error(); text != last {
+			p.log().Warn("the pool of network slots is not full", "err", err)
+			last = text
+		}
+		pause := time.NewTimer(retryAfter) // a kick would bring the same error sooner
+		select {
+		case <-ctx.Done():
+			pause.Stop()
+			return
+		case <-pause.C:
+		}
+	}
+}
+
+func (p *Pool) cidr() netip.Prefix {
+	if !p.CIDR.IsValid() {
+		return DefaultCIDR
+	}
+	return p.CIDR
+}
+
+// blockBits is the prefix of a block: a sixteenth of the range.
+func (p *Pool) blockBits() int { return max(p.cidr().Bits()+4, 20) }
+
+// room is how many slots the block has addresses for.
+func (p *Pool) room() int { return 1 << (31 - p.blockBits()) }
+
+func (p *Pool) size() int {
+	if p.Size <= 0 {
+		return min(DefaultSize, p.room())
+	}
+	return min(p.Size, p.room())
+}
+
+func (p *Pool) warm() int {
+	if p.Warm == 0 {
+		return DefaultWarm
+	}
+	return p.Warm
+}
+
+func (p *Pool) now() time.Time {
+	if p.Now == nil {
+		return time.Now()
+	}
+	return p.Now()
+}
+
+func (p *Pool) log() *slog.Logger {
+	if p.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return p.Log
+}

@@ -1,0 +1,250 @@
+package network
+
+import (
+	"net/netip"
+	"os"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The words of our nftables rules. A rule is a list of them; each returns the
+// expressions that the kernel runs for it.
+
+type words = []expr.Any
+
+func rule(parts ...words) words {
+	var out words
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return out
+}
+
+func cmp(op expr.CmpOp, data []byte) expr.Any {
+	return &expr.Cmp{Op: op, Register: 1, Data: data}
+}
+
+func metaIs(key expr.MetaKey, op expr.CmpOp, data []byte) words {
+	return words{&expr.Meta{Key: key, Register: 1}, cmp(op, data)}
+}
+
+// A name without its final zero compares as a prefix.
+func iifPrefix(p string) words    { return metaIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, []byte(p)) }
+func oifPrefix(p string) words    { return metaIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, []byte(p)) }
+func oifNotPrefix(p string) words { return metaIs(expr.MetaKeyOIFNAME, expr.CmpOpNeq, []byte(p)) }
+func iif(name string) words       { return metaIs(expr.MetaKeyIIFNAME, expr.CmpOpEq, ifname(name)) }
+func oif(name string) words       { return metaIs(expr.MetaKeyOIFNAME, expr.CmpOpEq, ifname(name)) }
+
+// ifname is an interface name as the kernel keeps it: 16 bytes, zero-padded.
+func ifname(s string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, s)
+	return b
+}
+
+func ipv4() words { return metaIs(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{unix.NFPROTO_IPV4}) }
+func ipv6() words { return metaIs(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{unix.NFPROTO_IPV6}) }
+func tcp() words  { return metaIs(expr.MetaKeyL4PROTO, expr.CmpOpEq, []byte{unix.IPPROTO_TCP}) }
+func notTCP() words {
+	return metaIs(expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_TCP})
+}
+
+// opening matches a TCP segment that asks for a connection: SYN without ACK.
+func opening() words {
+	return append(tcp(),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
+		cmp(expr.CmpOpEq, []byte{0x02}))
+}
+
+// Offsets of the addresses in an IPv4 header.
+const (
+	sourceOffset = 12
+	destOffset   = 16
+)
+
+func ipField(offset uint32) words {
+	return append(ipv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4})
+}
+
+func from(a netip.Addr) words { return append(ipField(sourceOffset), cmp(expr.CmpOpEq, a.AsSlice())) }
+func notFrom(a netip.Addr) words {
+	return append(ipField(sourceOffset), cmp(expr.CmpOpNeq, a.AsSlice()))
+}
+func to(a netip.Addr) words { return append(ipField(destOffset), cmp(expr.CmpOpEq, a.AsSlice())) }
+
+func fromPrefix(p netip.Prefix) words {
+	mask := make([]byte, 4)
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return append(ipField(sourceOffset),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		cmp(expr.CmpOpEq, p.Masked().Addr().AsSlice()))
+}
+
+func toSet(s *nftables.Set) words {
+	return append(ipField(destOffset), &expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID})
+}
+
+func iifNotIn(s *nftables.Set) words {
+	return words{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: true}}
+}
+
+// toLocal matches what is addressed to this namespace itself, by any of its
+// addresses as they are now.
+func toLocal() words {
+	return words{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
+}
+
+// spoofed matches a source address to which the way back does not lead through
+// the interface the packet came in by.
+func spoofed() words {
+	return words{&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true},
+		cmp(expr.CmpOpEq, []byte{0})}
+}
+
+func ctBits(key expr.CtKey, bits uint32) words {
+	return words{&expr.Ct{Key: key, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		cmp(expr.CmpOpNeq, make([]byte, 4))}
+}
+
+// known matches established and related packets.
+func known() words {
+	return ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
+}
+
+// isNew matches the first packet of a connection.
+func isNew() words { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
+
+// answer matches packets that answer the side that opened the connection.
+func answer() words {
+	return append(known(), &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, cmp(expr.CmpOpEq, []byte{1}))
+}
+
+// ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
+const ipsDstNAT = 1 << 5
+
+// dnatted matches connections whose destination was translated.
+func dnatted() words { return ctBits(expr.CtKeySTATUS, ipsDstNAT) }
+
+// over matches when the namespace tracks more than n connections opened
+// through the rule.
+func over(n uint32) words { return words{&expr.Connlimit{Count: n, Flags: 1}} }
+
+func count() words { return words{&expr.Counter{}} }
+
+func drop() words   { return words{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}} }
+func accept() words { return words{&expr.Verdict{Kind: expr.VerdictAccept}} }
+func jump(chain string) words {
+	return words{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
+}
+
+// From linux/netfilter/nf_tables.h.
+const (
+	rejectTCPReset    = 1
+	rejectICMPX       = 2
+	icmpxAdminRefused = 3
+)
+
+func reset() words { return words{&expr.Reject{Type: rejectTCPReset}} }
+func prohibit() words {
+	return words{&expr.Reject{Type: rejectICMPX, Code: icmpxAdminRefused}}
+}
+
+func masquerade() words { return words{&expr.Masq{}} }
+
+func dnat(a netip.Addr) words {
+	return words{&expr.Immediate{Register: 1, Data: a.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1}}
+}
+
+// A table is a batch under construction: nothing of it is in force until
+// commit, and then all of it is, in place of what the table held before.
+type table struct {
+	conn  *nftables.Conn
+	table *nftables.Table
+	setID uint32
+	err   error
+}
+
+func newTable(c *nftables.Conn, name string) *table {
+	t := &table{conn: c, table: &nftables.Table{Name: name, Family: nftables.TableFamilyINet}}
+	c.AddTable(t.table) // so that the deletion finds one
+	c.DelTable(t.table)
+	c.AddTable(t.table)
+	return t
+}
+
+// base adds a chain that the kernel enters at a hook.
+func (t *table) base(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority) func(...words) {
+	return t.add(&nftables.Chain{Name: name, Type: kind, Hooknum: hook, Priority: &prio})
+}
+
+// chain adds a chain that rules jump to.
+func (t *table) chain(name string) func(...words) { return t.add(&nftables.Chain{Name: name}) }
+
+func (t *table) add(c *nftables.Chain) func(...words) {
+	c.Table = t.table
+	t.conn.AddChain(c)
+	return func(parts ...words) {
+		t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: c, Exprs: rule(parts...)})
+	}
+}
+
+// addresses adds a set of IPv4 ranges.
+func (t *table) addresses(name string, ps []netip.Prefix) *nftables.Set {
+	var el []nftables.SetElement
+	for _, s := range spans(ps) {
+		el = append(el, nftables.SetElement{Key: s.first.AsSlice()})
+		if next := s.last.Next(); next.IsValid() { // a range up to the last address has no end
+			el = append(el, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
+		}
+	}
+	return t.set(&nftables.Set{Name: name, KeyType: nftables.TypeIPAddr, Interval: true}, el)
+}
+
+// interfaces adds a set of interface names.
+func (t *table) interfaces(name string, names []string) *nftables.Set {
+	var el []nftables.SetElement
+	for _, n := range names {
+		el = append(el, nftables.SetElement{Key: ifname(n)})
+	}
+	return t.set(&nftables.Set{Name: name, KeyType: nftables.TypeIFName}, el)
+}
+
+func (t *table) set(s *nftables.Set, el []nftables.SetElement) *nftables.Set {
+	t.setID++
+	s.Table, s.ID = t.table, t.setID // own IDs: the library counts them in a variable without a lock
+	if err := t.conn.AddSet(s, el); err != nil && t.err == nil {
+		t.err = err
+	}
+	return s
+}
+
+func (t *table) commit() error {
+	if t.err != nil {
+		return t.err
+	}
+	return t.conn.Flush()
+}
+
+// dropTable removes a table; an absent one is no error.
+func dropTable(c *nftables.Conn, name string) error {
+	t := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	c.AddTable(t)
+	c.DelTable(t)
+	return c.Flush()
+}
+
+// nftIn opens nftables in the namespace of f.
+func nftIn(f *os.File) (*nftables.Conn, error) {
+	return nftables.New(nftables.WithNetNSFd(int(f.Fd())))
+}
