@@ -17,6 +17,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
+	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -108,14 +109,14 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 }
 
 func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
-	var slot Slot
+	var slot network.Slot
 	var root disk.Root
 	// The group's context is not used for the two: cancelling one half-way
 	// because the other failed saves nothing and tests less.
 	var eg errgroup.Group
 	eg.Go(func() (err error) {
 		began := o.now()
-		slot, err = o.Slots.Acquire(ctx, b.allow)
+		slot, err = o.Slots.Acquire(ctx, network.Policy{AllowInternet: b.allow})
 		o.step(g, "network", cay.LayerNetwork, began, err)
 		if err == nil {
 			o.mu.Lock()

@@ -2,26 +2,18 @@ package orchestrator
 
 import (
 	"context"
-	"net/netip"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
+	"github.com/cayhq/cay/network"
 )
-
-// Slot is a network a guest can have: a namespace whose link becomes the
-// guest's, and the address at which this machine reaches the guest.
-type Slot struct {
-	Index int
-	Addr  netip.Addr
-	NetNS string
-}
 
 // Slots is what the orchestrator needs of the network mechanism.
 type Slots interface {
 	// Acquire returns a clean slot whose egress policy is in force.
-	Acquire(ctx context.Context, allowInternet bool) (Slot, error)
+	Acquire(ctx context.Context, p network.Policy) (network.Slot, error)
 	// Adopt claims a slot that a record of an earlier run of the server names.
-	Adopt(ctx context.Context, index int) (Slot, error)
+	Adopt(ctx context.Context, index int) (network.Slot, error)
 	// Release gives a slot back, whoever holds it; an unknown one is no error.
 	Release(ctx context.Context, index int) error
 	// Sweep removes every slot that was neither acquired nor adopted.

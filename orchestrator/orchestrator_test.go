@@ -17,6 +17,7 @@ import (
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
 	"github.com/cayhq/cay/disk"
+	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/orchestrator"
 	"github.com/cayhq/cay/runtime"
 )
@@ -169,9 +170,9 @@ func (e engine) Stats(context.Context, runtime.InstanceID) (runtime.Stats, error
 // slots is the network of the world.
 type slots struct{ *world }
 
-func (s slots) Acquire(context.Context, bool) (orchestrator.Slot, error) {
+func (s slots) Acquire(context.Context, network.Policy) (network.Slot, error) {
 	if err := s.err("acquire"); err != nil {
-		return orchestrator.Slot{}, err
+		return network.Slot{}, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,14 +183,14 @@ func (s slots) Acquire(context.Context, bool) (orchestrator.Slot, error) {
 		}
 	}
 }
-func slot(i int) orchestrator.Slot {
-	return orchestrator.Slot{Index: i, Addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), NetNS: fmt.Sprint("ns", i)}
+func slot(i int) network.Slot {
+	return network.Slot{Index: i, Addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), NetNS: fmt.Sprint("ns", i)}
 }
-func (s slots) Adopt(_ context.Context, i int) (orchestrator.Slot, error) {
+func (s slots) Adopt(_ context.Context, i int) (network.Slot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.slots[i] {
-		return orchestrator.Slot{}, errors.New("no such slot")
+		return network.Slot{}, errors.New("no such slot")
 	}
 	return slot(i), nil
 }
