@@ -45,6 +45,7 @@ cat >/etc/hosts <<'HOSTS'
 ::1	localhost ip6-localhost ip6-loopback
 HOSTS
 echo sandbox >/etc/hostname
+sed -i 's/^hosts:.*/hosts: files myhostname dns/' /etc/nsswitch.conf
 cat >/etc/resolv.conf <<'RESOLV'
 nameserver 1.1.1.1
 nameserver 8.8.8.8
