@@ -86,7 +86,7 @@ func ociSpec(s runtime.Spec, l layout) *specs.Spec {
 	oomScore := guestOOMScore
 	mem := s.Limits.MemoryBytes
 	quota, period := int64(s.Limits.CPUs)*cpuPeriod, uint64(cpuPeriod)
-	pids := hostPIDs(s.Limits.PIDs)
+	pids := hostPIDs(s.Limits.PIDs, pidMax())
 	res := &specs.LinuxResources{
 		CPU:    &specs.LinuxCPU{Quota: &quota, Period: &period},
 		Memory: &specs.LinuxMemory{Limit: &mem},
