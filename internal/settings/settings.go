@@ -1,0 +1,277 @@
+// Package settings is the one declared table of what an operator can set, and
+// where each value came from: default < file < environment < flag.
+package settings
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cayhq/cay"
+)
+
+// Settings are the values a server runs with.
+type Settings struct {
+	DataDir       string
+	APIAddr       string
+	ProxyAddr     string
+	Domain        string // of sandbox URLs; empty: none
+	PoolSize      int    // guests booted ahead per hot build
+	SandboxCIDR   netip.Prefix
+	MaxSandboxes  int
+	DiskReserveMB int
+	CPUs          int // of a sandbox whose template says nothing
+	MemoryMB      int
+	DiskMB        int
+	LogLevel      string
+	LogFormat     string
+
+	origin map[string]Origin
+}
+
+// Origin says where a value came from.
+type Origin string
+
+// The origins; a file or variable is named after a colon.
+const (
+	OriginDefault Origin = "default"
+	originFile           = "file:"
+	originEnv            = "env:"
+	originFlag           = "flag:"
+)
+
+// Setting is one row of the table.
+type Setting struct {
+	Name    string // in the file and, with "--", as a flag
+	Env     string
+	Default string
+	Doc     string
+	set     func(*Settings, string) error
+	get     func(*Settings) string
+}
+
+// Table lists every setting.
+var Table = []Setting{
+	text("data-dir", "/var/lib/cay", "directory that holds everything Cay keeps", func(s *Settings) *string { return &s.DataDir }, absPath),
+	text("api-addr", "127.0.0.1:3000", "address of the API; port 0 picks a free one", func(s *Settings) *string { return &s.APIAddr }, hostPort),
+	text("proxy-addr", "127.0.0.1:3002", "address of the sandbox proxy; port 0 picks a free one", func(s *Settings) *string { return &s.ProxyAddr }, hostPort),
+	text("domain", "", "domain of sandbox URLs, as in 3000-<id>.<domain>; empty uses headers only", func(s *Settings) *string { return &s.Domain }, domain),
+	number("pool-size", 2, 0, 100, "sandboxes booted ahead for each template in use; 0 turns the pool off", func(s *Settings) *int { return &s.PoolSize }),
+	{Name: "sandbox-cidr", Env: env("sandbox-cidr"), Default: "10.193.0.0/16", Doc: "IPv4 range for the links between this machine and its sandboxes",
+		set: func(s *Settings, v string) (err error) {
+			s.SandboxCIDR, err = netip.ParsePrefix(v)
+			if err != nil || !s.SandboxCIDR.Addr().Is4() {
+				return errors.New("want an IPv4 range such as 10.193.0.0/16")
+			}
+			return nil
+		}, get: func(s *Settings) string { return s.SandboxCIDR.String() }},
+	number("max-sandboxes", 1000, 1, 100_000, "how many sandboxes this machine runs at most", func(s *Settings) *int { return &s.MaxSandboxes }),
+	number("disk-reserve-mb", 1024, 0, 1<<30, "MiB of the data directory's disk that new sandboxes must leave free", func(s *Settings) *int { return &s.DiskReserveMB }),
+	number("cpus", 2, 1, 1024, "CPUs of a sandbox of the base template", func(s *Settings) *int { return &s.CPUs }),
+	number("memory-mb", 1024, 128, 1<<20, "MiB of memory of a sandbox of the base template", func(s *Settings) *int { return &s.MemoryMB }),
+	number("disk-mb", 10240, 64, 1<<24, "MiB a sandbox of the base template may write", func(s *Settings) *int { return &s.DiskMB }),
+	text("log-level", "info", "debug, info, warn or error", func(s *Settings) *string { return &s.LogLevel }, oneOf("debug", "info", "warn", "error")),
+	text("log-format", "auto", "text, json, or auto: text on a terminal", func(s *Settings) *string { return &s.LogFormat }, oneOf("auto", "text", "json")),
+}
+
+func env(name string) string {
+	return "CAY_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+func text(name, def, doc string, at func(*Settings) *string, check func(string) (string, error)) Setting {
+	return Setting{Name: name, Env: env(name), Default: def, Doc: doc,
+		set: func(s *Settings, v string) (err error) { *at(s), err = check(v); return err },
+		get: func(s *Settings) string { return *at(s) }}
+}
+
+func number(name string, def, lo, hi int, doc string, at func(*Settings) *int) Setting {
+	return Setting{Name: name, Env: env(name), Default: strconv.Itoa(def), Doc: doc,
+		set: func(s *Settings, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < lo || n > hi {
+				return fmt.Errorf("want a number from %d to %d", lo, hi)
+			}
+			*at(s) = n
+			return nil
+		},
+		get: func(s *Settings) string { return strconv.Itoa(*at(s)) }}
+}
+
+func absPath(v string) (string, error) {
+	if v == "" || strings.ContainsRune(v, 0) {
+		return "", errors.New("want a directory")
+	}
+	return filepath.Abs(v)
+}
+
+func hostPort(v string) (string, error) {
+	_, port, err := net.SplitHostPort(v)
+	if err != nil {
+		return "", errors.New("want address:port, such as 127.0.0.1:3000")
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+		return "", errors.New("want a port from 0 to 65535")
+	}
+	return v, nil
+}
+
+func domain(v string) (string, error) {
+	for _, label := range strings.Split(strings.ToLower(v), ".") {
+		if v == "" {
+			break
+		}
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || strings.HasPrefix(label, "-") || strings.HasSuffix(label, "-") {
+			return "", errors.New("want a domain name such as sbx.example.com, without a port")
+		}
+	}
+	return strings.ToLower(v), nil
+}
+
+func oneOf(words ...string) func(string) (string, error) {
+	return func(v string) (string, error) {
+		if !slices.Contains(words, v) {
+			return "", fmt.Errorf("want one of %s", strings.Join(words, ", "))
+		}
+		return v, nil
+	}
+}
+
+// Sources are where values come from, weakest first after the defaults.
+type Sources struct {
+	// File is the path of a file of "name: value" lines; "" looks for
+	// <data-dir>/config.yaml. A missing file is no error unless File is set.
+	File string
+	Env  func(string) (string, bool) // nil is os.LookupEnv
+	// Flags holds the flags that were given, by name without dashes.
+	Flags map[string]string
+}
+
+// Load puts the sources together. A wrong value is cay.CodeConfigInvalid and
+// names the setting and its origin.
+func Load(src Sources) (Settings, error) {
+	s := Settings{origin: map[string]Origin{}}
+	lookup := src.Env
+	if lookup == nil {
+		lookup = os.LookupEnv
+	}
+	for _, t := range Table {
+		if err := s.apply(t, t.Default, OriginDefault); err != nil {
+			return s, err
+		}
+	}
+	// The data directory decides which file is read, so it is settled first.
+	dirs := slices.Clone(Table[:1])
+	if err := s.overlay(dirs, lookup, src.Flags); err != nil {
+		return s, err
+	}
+	path, must := src.File, src.File != ""
+	if !must {
+		path = filepath.Join(s.DataDir, "config.yaml")
+	}
+	if err := s.readFile(path, must); err != nil {
+		return s, err
+	}
+	return s, s.overlay(Table, lookup, src.Flags)
+}
+
+func (s *Settings) overlay(table []Setting, lookup func(string) (string, bool), flags map[string]string) error {
+	for _, t := range table {
+		if v, ok := lookup(t.Env); ok && v != "" {
+			if err := s.apply(t, v, originEnv+Origin(t.Env)); err != nil {
+				return err
+			}
+		}
+		if v, ok := flags[t.Name]; ok {
+			if err := s.apply(t, v, originFlag+Origin("--"+t.Name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Settings) apply(t Setting, v string, from Origin) error {
+	if err := t.set(s, v); err != nil {
+		return invalid(fmt.Sprintf("the setting %s has the wrong value %q (from %s): %v", t.Name, v, from, err),
+			"correct it there; `cay config show --origin` lists every setting")
+	}
+	s.origin[t.Name] = from
+	return nil
+}
+
+func invalid(message, fix string) error {
+	return &cay.Error{Code: cay.CodeConfigInvalid, Layer: cay.LayerHost, Message: message, Fix: fix}
+}
+
+// readFile reads "name: value" lines, the part of YAML that a flat table
+// needs; comments begin with #.
+func (s *Settings) readFile(path string, must bool) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) && !must {
+		return nil
+	}
+	if err != nil {
+		return invalid("the configuration file cannot be read: "+err.Error(), "correct the path, or leave it out")
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	for n := 1; sc.Scan(); n++ {
+		line := strings.TrimSpace(sc.Text())
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		at := Origin(fmt.Sprintf("%s%s:%d", originFile, path, n))
+		name, value, ok := strings.Cut(line, ":")
+		i := slices.IndexFunc(Table, func(t Setting) bool { return t.Name == strings.TrimSpace(name) })
+		switch {
+		case !ok:
+			return invalid(fmt.Sprintf("%s is no \"name: value\" line: %q", at, line), "correct the line")
+		case i < 0:
+			return invalid(fmt.Sprintf("%s names the unknown setting %q", at, strings.TrimSpace(name)), "`cay config show` lists every setting")
+		case Table[i].Name == "data-dir":
+			return invalid(fmt.Sprintf("%s sets data-dir, but the file is found through it", at), "use --data-dir or "+Table[i].Env)
+		}
+		if err := s.apply(Table[i], unquote(strings.TrimSpace(value)), at); err != nil {
+			return err
+		}
+	}
+	if err := sc.Err(); err != nil {
+		return invalid(fmt.Sprintf("the configuration file %s cannot be read: %v", path, err), "correct the file")
+	}
+	return nil
+}
+
+func unquote(v string) string {
+	for _, q := range []string{`"`, `'`} {
+		if len(v) >= 2 && strings.HasPrefix(v, q) && strings.HasSuffix(v, q) {
+			return v[1 : len(v)-1]
+		}
+	}
+	v, _, _ = strings.Cut(v, " #")
+	return strings.TrimSpace(v)
+}
+
+// Value is a setting as it is in force.
+type Value struct {
+	Name   string `json:"name"`
+	Value  string `json:"value"`
+	Origin Origin `json:"origin"`
+	Doc    string `json:"doc"`
+}
+
+// Values lists what is in force, in the table's order.
+func (s *Settings) Values() []Value {
+	out := make([]Value, len(Table))
+	for i, t := range Table {
+		out[i] = Value{Name: t.Name, Value: t.get(s), Origin: s.origin[t.Name], Doc: t.Doc}
+	}
+	return out
+}

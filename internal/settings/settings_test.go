@@ -1,0 +1,90 @@
+package settings_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/settings"
+)
+
+func sources(t *testing.T, file string, env, flags map[string]string) settings.Sources {
+	t.Helper()
+	dir := t.TempDir()
+	if file != "" {
+		if err := os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := map[string]string{"data-dir": dir}
+	for k, v := range flags {
+		all[k] = v
+	}
+	return settings.Sources{Env: func(k string) (string, bool) { v, ok := env[k]; return v, ok }, Flags: all}
+}
+
+func TestOrder(t *testing.T) {
+	file := "# a comment\npool-size: 3\napi-addr: \"127.0.0.1:4000\" \ndisk-mb: 2048 # small\n"
+	s, err := settings.Load(sources(t, file, map[string]string{"CAY_POOL_SIZE": "4", "CAY_MEMORY_MB": "512"}, map[string]string{"pool-size": "5"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.PoolSize != 5 || s.MemoryMB != 512 || s.APIAddr != "127.0.0.1:4000" || s.DiskMB != 2048 || s.CPUs != 2 {
+		t.Errorf("got %+v", s)
+	}
+	origins := map[string]string{"pool-size": "flag:--pool-size", "memory-mb": "env:CAY_MEMORY_MB", "api-addr": "config.yaml:3", "cpus": "default"}
+	for _, v := range s.Values() {
+		if want, ok := origins[v.Name]; ok && !strings.HasSuffix(string(v.Origin), want) {
+			t.Errorf("%s comes from %s, want …%s", v.Name, v.Origin, want)
+		}
+		if v.Doc == "" {
+			t.Errorf("%s has no text", v.Name)
+		}
+	}
+}
+
+func TestWrongValues(t *testing.T) {
+	for _, c := range []struct {
+		file       string
+		env, flags map[string]string
+		want       string
+	}{
+		{file: "pool-size: many", want: "config.yaml:1"},
+		{file: "no colon", want: "config.yaml:1"},
+		{file: "colour: red", want: `unknown setting "colour"`},
+		{file: "data-dir: /x", want: "found through it"},
+		{env: map[string]string{"CAY_API_ADDR": "3000"}, want: "env:CAY_API_ADDR"},
+		{flags: map[string]string{"api-addr": "127.0.0.1:70000"}, want: "0 to 65535"},
+		{flags: map[string]string{"sandbox-cidr": "fd00::/8"}, want: "IPv4"},
+		{flags: map[string]string{"memory-mb": "1"}, want: "from 128"},
+		{flags: map[string]string{"log-level": "loud"}, want: "one of debug"},
+		{flags: map[string]string{"domain": "a..b"}, want: "domain name"},
+		{flags: map[string]string{"domain": "sbx.example.com:443"}, want: "without a port"},
+	} {
+		_, err := settings.Load(sources(t, c.file, c.env, c.flags))
+		if cay.CodeOf(err) != cay.CodeConfigInvalid || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: got %v", c, err)
+		}
+	}
+}
+
+func TestNamedFileMustExist(t *testing.T) {
+	src := sources(t, "", nil, nil)
+	src.File = filepath.Join(t.TempDir(), "nothing")
+	if _, err := settings.Load(src); cay.CodeOf(err) != cay.CodeConfigInvalid {
+		t.Errorf("got %v", err)
+	}
+}
+
+func FuzzFile(f *testing.F) {
+	f.Add("pool-size: 3\n")
+	f.Add("api-addr: \"")
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := settings.Load(sources(t, text, nil, nil))
+		if err != nil && cay.CodeOf(err) != cay.CodeConfigInvalid {
+			t.Errorf("an untyped error: %v", err)
+		}
+	})
+}
