@@ -44,6 +44,7 @@ cat >/etc/hosts <<'HOSTS'
 127.0.0.1	localhost
 ::1	localhost ip6-localhost ip6-loopback
 HOSTS
+rm -f /etc/hostname /run/adduser # the first is the build host's, with its mode
 echo sandbox >/etc/hostname
 sed -i 's/^hosts:.*/hosts: files myhostname dns/' /etc/nsswitch.conf
 cat >/etc/resolv.conf <<'RESOLV'
