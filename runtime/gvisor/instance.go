@@ -432,8 +432,14 @@ func (i *instance) adopt() bool {
 		i.log.Warn("the console of an adopted instance is lost", "err", err)
 	}
 	i.console = con
-	if i.rec.Boot != bootID() {
+	switch {
+	case i.rec.Boot != bootID():
 		i.lost("the machine restarted")
+		return true
+	case i.rec.State == runtime.Created && i.rec.Engine != i.sup.engine:
+		// A guest that runs needs nothing of us but to be watched and ended; one
+		// that waits for its start would be spoken to by another version.
+		i.lost("it was prepared by engine " + i.rec.Engine + " and not started before the upgrade to " + i.sup.engine)
 		return true
 	}
 	if err := i.attach(i.rec.Sentry, i.rec.Gofer); err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	goruntime "runtime"
 	"strings"
 	"syscall"
 
@@ -81,8 +82,7 @@ func launch(req launchRequest) (launchResult, error) {
 }
 
 // runLauncher starts a launcher for req with the given console and waits for
-// its result. started is called with its PID under the reaper's lock. When ctx
-// ends, the launcher is killed.
+// its result. When ctx ends, the launcher is killed.
 func runLauncher(ctx context.Context, r *reaper, req launchRequest, console *os.File) (launchResult, error) {
 	in, err := json.Marshal(req)
 	if err != nil {
@@ -111,7 +111,12 @@ func runLauncher(ctx context.Context, r *reaper, req launchRequest, console *os.
 	cmd.Env = []string{}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = inR, console, console
 	cmd.ExtraFiles = []*os.File{wr}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// When we die the launcher must not go on: the next supervisor removes what
+	// it finds, and this one would make more. The signal is sent when the
+	// thread that forked ends, so this thread stays until the launcher is done.
+	goruntime.LockOSThread()
+	defer goruntime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
 	err = r.start(cmd)
 	inR.Close()
 	wr.Close()

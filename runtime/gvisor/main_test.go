@@ -28,7 +28,7 @@ var guestProgram string
 func TestMain(m *testing.M) {
 	Dispatch()
 	if len(os.Args) > 2 && os.Args[1] == "supervise" {
-		s := &Supervisor{Dir: os.Args[2], Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), DebugDir: os.Getenv("CAY_TEST_DEBUG")}
+		s := &Supervisor{Dir: os.Args[2], Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), DebugDir: os.Getenv("CAY_TEST_DEBUG"), engine: os.Getenv("CAY_TEST_ENGINE")}
 		if d, err := time.ParseDuration(os.Getenv("CAY_TEST_IDLE")); err == nil {
 			s.IdleExit = d
 		}
@@ -113,6 +113,7 @@ func newMachine(t testing.TB) *machine {
 func (m *machine) runtime() *Runtime {
 	r := New(filepath.Join(m.dir, "d"))
 	r.Args = []string{"cay-test", "supervise", r.Dir}
+	r.Env = os.Environ() // CAY_TEST_*
 	return r
 }
 
@@ -195,7 +196,7 @@ func (m *machine) leftovers(t testing.TB) []string {
 	for _, p := range procs {
 		data, _ := os.ReadFile(p)
 		cmd := strings.ReplaceAll(string(data), "\x00", " ")
-		if strings.Contains(cmd, m.dir) && strings.HasPrefix(cmd, "runsc") {
+		if strings.Contains(cmd, m.dir) && (strings.HasPrefix(cmd, "runsc") || strings.HasPrefix(cmd, arg0Launch)) {
 			out = append(out, p+" "+cmd)
 		}
 	}

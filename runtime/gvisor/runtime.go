@@ -35,7 +35,8 @@ type Runtime struct {
 	// Args is the supervisor's command line, for /proc/self/exe. Nil is
 	// "cay supervise --dir Dir". Args[0] must not begin with "runsc".
 	Args []string
-	// Env is the supervisor's environment; nil is this process's own.
+	// Env is the supervisor's environment; nil is an empty one, for the server's
+	// own may hold secrets and the supervisor needs nothing of it.
 	Env []string
 	Log *slog.Logger // nil: none
 	// StartTimeout bounds the start of a supervisor; 0 is 15 s.
@@ -110,6 +111,10 @@ func (r *Runtime) Close() error {
 	r.mu.Lock()
 	open := r.open
 	r.open = false
+	if open {
+		close(r.changed) // whoever waits learns that the runtime is closed
+		r.changed = make(chan struct{})
+	}
 	r.mu.Unlock()
 	if !open {
 		return nil
@@ -214,7 +219,8 @@ func (r *Runtime) startSupervisor() (<-chan error, error) {
 		args = []string{"cay", "supervise", "--dir", string(r.home)}
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args, cmd.Env, cmd.Dir = args, r.Env, "/"
+	cmd.Args, cmd.Dir = args, "/"
+	cmd.Env = append([]string{}, r.Env...) // not nil: that would be our own
 	cmd.Stdout, cmd.Stderr = out, out
 	// A session of its own: a terminal's Ctrl-C is for the server.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -43,6 +43,8 @@ type Supervisor struct {
 	DebugDir string
 	Now      func() time.Time // nil: time.Now
 
+	// engine is the version it calls its own; empty is EngineVersion. For tests.
+	engine  string
 	home    home
 	log     *slog.Logger
 	reaper  *reaper
@@ -74,6 +76,9 @@ func (s *Supervisor) now() time.Time {
 func (s *Supervisor) Run(ctx context.Context) error {
 	prepareEngine()
 	silenceEngineLog()
+	if s.engine == "" {
+		s.engine = EngineVersion
+	}
 	s.log = s.Log
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -124,7 +129,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	srv := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx }}
-	s.log.Info("supervisor up", "dir", dir, "pid", os.Getpid(), "protocol", Protocol, "engine", EngineVersion, "instances", len(s.instances))
+	s.log.Info("supervisor up", "dir", dir, "pid", os.Getpid(), "protocol", Protocol, "engine", s.engine, "instances", len(s.instances))
 
 	var g sync.WaitGroup
 	g.Go(func() { s.reaper.run(ctx) })
@@ -273,7 +278,7 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec) error {
 	if err := checkSpec(spec, s.home.instance(spec.ID)); err != nil {
 		return err
 	}
-	i := s.newInstance(record{Format: recordFormat, ID: spec.ID, Engine: EngineVersion, Boot: bootID(),
+	i := s.newInstance(record{Format: recordFormat, ID: spec.ID, Engine: s.engine, Boot: bootID(),
 		State: creating, CreatedAt: s.now().UTC(), Labels: spec.Labels})
 	i.op.Lock()
 	s.mu.Lock()
@@ -465,7 +470,7 @@ func (s *Supervisor) handler() http.Handler {
 		s.mu.Lock()
 		n := len(s.instances)
 		s.mu.Unlock()
-		writeJSON(w, hello{Protocol: Protocol, Engine: EngineVersion, Version: cay.Version, PID: os.Getpid(), StartedAt: s.started, Instances: n, Detail: detail()})
+		writeJSON(w, hello{Protocol: Protocol, Engine: s.engine, Version: cay.Version, PID: os.Getpid(), StartedAt: s.started, Instances: n, Detail: detail()})
 	})
 	mux.HandleFunc("POST "+pathLeave, act(func(context.Context, *http.Request) error {
 		s.mu.Lock()
