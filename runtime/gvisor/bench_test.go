@@ -3,7 +3,6 @@ package gvisor
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -75,40 +74,20 @@ func BenchmarkLifecycle(b *testing.B) {
 func BenchmarkBareRunsc(b *testing.B) {
 	m := newMachine(b)
 	f := figures{}
-	runsc := filepath.Join(m.dir, "runsc")
-	self, err := os.Executable()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := os.Symlink(self, runsc); err != nil {
-		b.Fatal(err)
-	}
 	for range b.N {
 		b.StopTimer()
 		s := m.spec(b, "stamp")
-		h := home(filepath.Join(m.dir, "bare"))
-		l := h.instance(s.ID)
-		for _, d := range []string{l.engineRoot, h.shared()} {
-			if err := os.MkdirAll(d, 0o700); err != nil {
-				b.Fatal(err)
-			}
-		}
-		if err := keepTmpOnDisk(s.RootFS); err != nil {
-			b.Fatal(err)
-		}
-		if err := writeSpec(s, l); err != nil {
-			b.Fatal(err)
-		}
-		out, err := os.Create(filepath.Join(l.dir, "out"))
+		bare, err := NewBare(filepath.Join(m.dir, "bare"), s)
 		if err != nil {
 			b.Fatal(err)
 		}
-		flags := engineFlags(l, "")
+		out, err := os.Create(filepath.Join(bare.l.dir, "out"))
+		if err != nil {
+			b.Fatal(err)
+		}
 		b.StartTimer()
 		t0 := time.Now()
-		cmd := exec.Command(runsc, append(slices.Clone(flags), "run", "--detach", "--bundle", l.dir, string(s.ID))...)
-		cmd.Stdout, cmd.Stderr = out, out
-		if err := cmd.Run(); err != nil {
+		if err := bare.Run(b.Context(), out); err != nil {
 			data, _ := os.ReadFile(out.Name())
 			b.Fatalf("%v: %s", err, data)
 		}
@@ -121,16 +100,18 @@ func BenchmarkBareRunsc(b *testing.B) {
 		})
 		first := stamped(b, line)
 		t2 := time.Now()
-		if msg, err := exec.Command(runsc, append(slices.Clone(flags), "delete", "--force", string(s.ID))...).CombinedOutput(); err != nil {
-			b.Fatalf("delete: %v: %s", err, msg)
+		if err := bare.Delete(b.Context()); err != nil {
+			b.Fatal(err)
 		}
 		f.add("run", t1.Sub(t0))
 		f.add("cold-to-main", first.Sub(t0))
 		f.add("delete", time.Since(t2))
 		out.Close()
+		if err := bare.Close(); err != nil {
+			b.Error(err)
+		}
 	}
 	f.report(b)
-	(&Supervisor{home: home(filepath.Join(m.dir, "bare"))}).cleanHost()
 }
 
 // BenchmarkParallel creates, starts and kills several at once, and reports how

@@ -3,6 +3,7 @@ package gvisor
 import (
 	"fmt"
 	"io"
+	"log/slog"
 
 	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/runsc/config"
@@ -80,6 +81,9 @@ func engineConfig(flags []string) (*config.Config, error) {
 	}
 	return conf, nil
 }
+
+// discardLogger is the logger of those who gave none.
+var discardLogger = slog.New(slog.DiscardHandler)
 
 // silenceEngineLog drops gVisor's log in this process: it would go to standard
 // error, which in a launcher is the guest's console.

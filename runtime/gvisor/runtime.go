@@ -75,7 +75,7 @@ func (r *Runtime) Open(ctx context.Context) error {
 	}
 	r.home, r.log = home(dir), r.Log
 	if r.log == nil {
-		r.log = slog.New(slog.DiscardHandler)
+		r.log = discardLogger
 	}
 	if n := len(r.home.socket()); n > maxSocketPath {
 		return &cay.Error{Code: cay.CodeDataDirInvalid, Layer: cay.LayerRuntime,

@@ -81,7 +81,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	s.log = s.Log
 	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
+		s.log = discardLogger
 	}
 	dir, err := filepath.Abs(s.Dir)
 	if err != nil {

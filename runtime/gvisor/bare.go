@@ -1,0 +1,78 @@
+package gvisor
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/cayhq/cay/runtime"
+)
+
+// Bare is a guest run by gVisor's own command line, with the flags and the spec
+// a [Runtime] would use and this very binary: the yardstick of benchmarks. No
+// supervisor knows of it.
+type Bare struct {
+	home  home
+	spec  runtime.Spec
+	flags []string
+	l     layout
+}
+
+// NewBare writes the bundle of a guest below dir, a directory of its own.
+func NewBare(dir string, s runtime.Spec) (*Bare, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("finding the directory: %w", err)
+	}
+	b := &Bare{home: home(dir), spec: s, l: home(dir).instance(s.ID)}
+	b.flags = engineFlags(b.l, "")
+	if err := checkSpec(s, b.l); err != nil {
+		return nil, err
+	}
+	for _, d := range []string{b.l.engineRoot, b.home.shared()} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("making the bundle: %w", err)
+		}
+	}
+	if err := keepTmpOnDisk(s.RootFS); err != nil {
+		return nil, err
+	}
+	if err := writeSpec(s, b.l); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// command is `runsc FLAGS args…`.
+func (b *Bare) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append(append([]string{}, b.flags...), args...)...)
+	cmd.Args[0] = "runsc"
+	return cmd
+}
+
+// Run is `runsc run --detach`; it returns when the guest runs. The guest's
+// output goes to out.
+func (b *Bare) Run(ctx context.Context, out *os.File) error {
+	cmd := b.command(ctx, "run", "--detach", "--bundle", b.l.dir, string(b.spec.ID))
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("runsc run: %w", err)
+	}
+	return nil
+}
+
+// Delete is `runsc delete --force`.
+func (b *Bare) Delete(ctx context.Context) error {
+	if out, err := b.command(ctx, "delete", "--force", string(b.spec.ID)).CombinedOutput(); err != nil {
+		return fmt.Errorf("runsc delete: %w: %s", err, out)
+	}
+	return nil
+}
+
+// Close removes the bundle and what gVisor shares between the guests of dir.
+func (b *Bare) Close() error {
+	(&Supervisor{home: b.home, log: discardLogger}).cleanHost()
+	return os.RemoveAll(b.l.dir)
+}
