@@ -75,8 +75,8 @@ func openConsole(path, log string, now func() time.Time) (*console, error) {
 	return c, nil
 }
 
-// writeEnd opens the end that the guest gets. It blocks the guest, not us.
-func (c *console) writeEnd(path string) (*os.File, error) {
+// openConsoleEnd opens the end that the guest gets. It may block the guest.
+func openConsoleEnd(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening the guest's end of the console: %w", err)

@@ -110,16 +110,15 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 	i.mu.Lock()
 	i.console = con
 	i.mu.Unlock()
-	end, err := con.writeEnd(l.console)
-	if err != nil {
-		return err
-	}
-	defer end.Close()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(i.launch, func() { cancel(errKilled) })()
-	res, err := runLauncher(ctx, i.sup.reaper, launchRequest{ID: string(spec.ID), Bundle: l.dir, Flags: engineFlags(l, i.sup.DebugDir)}, end)
+	run, err := i.sup.takeLauncher()
+	if err != nil {
+		return err
+	}
+	res, err := run.run(ctx, launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, Flags: engineFlags(l, i.sup.DebugDir)})
 	if err != nil {
 		if tail := tailOf(l.panicLog); tail != "" {
 			err = fmt.Errorf("%w; the engine's last words: %s", err, tail)

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	goruntime "runtime"
@@ -18,9 +20,10 @@ import (
 
 // launchRequest is what a launcher reads from its standard input.
 type launchRequest struct {
-	ID     string   `json:"id"`
-	Bundle string   `json:"bundle"`
-	Flags  []string `json:"flags"`
+	ID      string   `json:"id"`
+	Bundle  string   `json:"bundle"`
+	Console string   `json:"console"` // the pipe
+	Flags   []string `json:"flags"`
 }
 
 // launchResult is what a launcher writes to file descriptor 3.
@@ -35,14 +38,14 @@ type launchResult struct {
 const guestOOMScore = 500
 
 // launchMain is the launcher: one process that creates one instance and exits.
-// Its standard output and error are the guest's console, because gVisor gives
-// the guest the standard files of the process that creates it.
 func launchMain() int {
 	silenceEngineLog()
 	out := os.NewFile(3, "result")
 	var req launchRequest
 	res := launchResult{}
-	if err := json.NewDecoder(os.Stdin).Decode(&req); err != nil {
+	if err := json.NewDecoder(os.Stdin).Decode(&req); errors.Is(err, io.EOF) {
+		return 0 // a spare one, not needed any more
+	} else if err != nil {
 		res.Error = fmt.Sprintf("reading the request: %v", err)
 	} else if res, err = launch(req); err != nil {
 		res.Error = err.Error()
@@ -60,7 +63,12 @@ func launch(req launchRequest) (launchResult, error) {
 	if err != nil {
 		return launchResult{}, err
 	}
-	os.Stdin = null
+	con, err := openConsoleEnd(req.Console)
+	if err != nil {
+		return launchResult{}, err
+	}
+	// gVisor gives the guest the standard files of the process that creates it.
+	os.Stdin, os.Stdout, os.Stderr = null, con, con
 	unix.Umask(0)
 	// Inherited by everything the engine forks, before and after Start.
 	if err := os.WriteFile("/proc/self/oom_score_adj", fmt.Append(nil, guestOOMScore), 0); err != nil {
@@ -81,62 +89,140 @@ func launch(req launchRequest) (launchResult, error) {
 	return launchResult{Sentry: c.Sandbox.Getpid(), Gofer: c.GoferPid.Load()}, nil
 }
 
-// runLauncher starts a launcher for req with the given console and waits for
-// its result. When ctx ends, the launcher is killed.
-func runLauncher(ctx context.Context, r *reaper, req launchRequest, console *os.File) (launchResult, error) {
-	in, err := json.Marshal(req)
-	if err != nil {
-		return launchResult{}, fmt.Errorf("encoding the launch request: %w", err)
+// launcher is a launcher process that waits for its request, or works on it.
+type launcher struct {
+	cmd    *exec.Cmd
+	in     *os.File // the request goes here; closing it unused ends the launcher
+	out    *os.File // the result comes from here
+	exited chan struct{}
+	err    error // of its end, once exited is closed
+}
+
+// startLauncher starts a launcher.
+func startLauncher(r *reaper) (*launcher, error) {
+	l := &launcher{exited: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		defer close(l.exited)
+		// When we die the launcher must not go on: the next supervisor removes
+		// what it finds, and this one would make more. The signal is sent when
+		// the thread that forked ends, so this thread stays for as long.
+		goruntime.LockOSThread()
+		defer goruntime.UnlockOSThread()
+		err := l.start(r)
+		started <- err
+		if err == nil {
+			l.err = l.cmd.Wait()
+			r.disown(l.cmd.Process.Pid)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("starting the launcher: %w", err)
 	}
-	rd, wr, err := os.Pipe()
-	if err != nil {
-		return launchResult{}, fmt.Errorf("opening the result pipe: %w", err)
-	}
-	defer rd.Close()
-	// The request is small enough for a pipe's buffer, so nothing has to feed it.
+	return l, nil
+}
+
+func (l *launcher) start(r *reaper) error {
 	inR, inW, err := os.Pipe()
 	if err != nil {
-		wr.Close()
-		return launchResult{}, fmt.Errorf("opening the request pipe: %w", err)
+		return err
 	}
-	_, err = inW.Write(in)
-	inW.Close()
+	defer inR.Close()
+	outR, outW, err := os.Pipe()
 	if err != nil {
-		wr.Close()
-		inR.Close()
-		return launchResult{}, fmt.Errorf("writing the launch request: %w", err)
+		inW.Close()
+		return err
 	}
-	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Args = []string{arg0Launch}
-	cmd.Env = []string{}
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = inR, console, console
-	cmd.ExtraFiles = []*os.File{wr}
-	// When we die the launcher must not go on: the next supervisor removes what
-	// it finds, and this one would make more. The signal is sent when the
-	// thread that forked ends, so this thread stays until the launcher is done.
-	goruntime.LockOSThread()
-	defer goruntime.UnlockOSThread()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
-	err = r.start(cmd)
-	inR.Close()
-	wr.Close()
-	if err != nil {
-		return launchResult{}, fmt.Errorf("starting the launcher: %w", err)
+	defer outW.Close()
+	l.in, l.out = inW, outR
+	l.cmd = exec.Command("/proc/self/exe")
+	l.cmd.Args, l.cmd.Env, l.cmd.Dir = []string{arg0Launch}, []string{}, "/"
+	l.cmd.Stdin = inR
+	l.cmd.ExtraFiles = []*os.File{outW}
+	l.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
+	if err := r.start(l.cmd); err != nil {
+		l.in.Close()
+		l.out.Close()
+		return err
 	}
-	defer r.forget(cmd)
+	return nil
+}
 
-	var res launchResult
+// close ends a launcher that has no request, and waits for it.
+func (l *launcher) close() {
+	l.in.Close()
+	<-l.exited
+	l.out.Close()
+}
+
+// run hands the launcher its request and waits for the result. It can be done
+// once. When ctx ends, the launcher is killed.
+func (l *launcher) run(ctx context.Context, req launchRequest) (launchResult, error) {
+	defer l.out.Close()
+	stop := context.AfterFunc(ctx, func() { _ = l.cmd.Process.Kill() })
+	defer stop()
+	werr := json.NewEncoder(l.in).Encode(req)
+	l.in.Close()
 	var raw bytes.Buffer
-	_, _ = raw.ReadFrom(rd) // ends with the launcher: what it starts does not inherit the pipe
-	werr := cmd.Wait()
+	_, _ = raw.ReadFrom(l.out) // ends with the launcher: what it starts does not inherit the pipe
+	<-l.exited
 	if ctx.Err() != nil {
 		return launchResult{}, context.Cause(ctx)
 	}
+	var res launchResult
 	if err := json.Unmarshal(raw.Bytes(), &res); err != nil {
-		return launchResult{}, fmt.Errorf("the launcher ended without a result (%v)", werr)
+		return launchResult{}, fmt.Errorf("the launcher ended without a result (%v; request: %v)", l.err, werr)
 	}
 	if res.Error != "" {
 		return launchResult{}, fmt.Errorf("creating the container: %s", strings.TrimSpace(res.Error))
 	}
 	return res, nil
+}
+
+// takeLauncher returns a launcher that waits for a request: the spare one, if
+// there is one, which saves the start of a large binary.
+func (s *Supervisor) takeLauncher() (*launcher, error) {
+	s.mu.Lock()
+	l := s.spare
+	s.spare = nil
+	s.mu.Unlock()
+	if l != nil {
+		select {
+		case <-l.exited: // somebody killed it
+			l.close()
+		default:
+			return l, nil
+		}
+	}
+	return startLauncher(s.reaper)
+}
+
+// keepSpare starts a spare launcher whenever wanted asks, until ctx ends.
+func (s *Supervisor) keepSpare(ctx context.Context) {
+	for {
+		s.mu.Lock()
+		have := s.spare != nil
+		s.mu.Unlock()
+		if !have {
+			if l, err := startLauncher(s.reaper); err != nil {
+				s.log.Warn("no spare launcher", "err", err)
+			} else {
+				s.mu.Lock()
+				s.spare = l
+				s.mu.Unlock()
+			}
+		}
+		select {
+		case <-s.wantSpare:
+		case <-ctx.Done():
+			s.mu.Lock()
+			l := s.spare
+			s.spare = nil
+			s.mu.Unlock()
+			if l != nil {
+				l.close()
+			}
+			return
+		}
+	}
 }

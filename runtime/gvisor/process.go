@@ -137,12 +137,6 @@ func (r *reaper) start(cmd *exec.Cmd) error {
 	return nil
 }
 
-func (r *reaper) forget(cmd *exec.Cmd) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.owned, cmd.Process.Pid)
-}
-
 // own makes the reaper leave pid to the caller.
 func (r *reaper) own(pid int) {
 	r.mu.Lock()

@@ -52,7 +52,10 @@ type Supervisor struct {
 	epoch   string
 	quit    context.CancelFunc
 
+	wantSpare chan struct{} // of one element: keepSpare should look
+
 	mu        sync.Mutex
+	spare     *launcher
 	instances map[runtime.InstanceID]*instance
 	closing   bool
 	seq       int64
@@ -89,6 +92,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	s.home, s.reaper, s.started = home(dir), newReaper(), s.now()
 	s.epoch = strconv.Itoa(os.Getpid()) + "-" + strconv.FormatInt(s.started.UnixNano(), 36)
+	s.wantSpare = make(chan struct{}, 1)
 	s.instances, s.news, s.lastUse = map[runtime.InstanceID]*instance{}, make(chan struct{}), s.started
 	for _, d := range []string{dir, s.home.shared(), s.home.instances()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -134,6 +138,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	var g sync.WaitGroup
 	g.Go(func() { s.reaper.run(ctx) })
 	g.Go(func() { s.watchIdle(ctx) })
+	g.Go(func() { s.keepSpare(ctx) })
 	g.Go(func() {
 		<-ctx.Done()
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -294,6 +299,10 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec) error {
 	s.mu.Unlock()
 	began := s.now()
 	err := i.create(ctx, spec)
+	select {
+	case s.wantSpare <- struct{}{}: // not before: its start would compete with this one
+	default:
+	}
 	if err == nil {
 		err = ctx.Err() // the caller has given up: it counts on nothing being left
 	}
