@@ -218,7 +218,7 @@ func (a *ahead) add(ctx context.Context, k *kind) error {
 	rand.Read(b[:])
 	s := k.spec
 	s.ID = readyStart + hex.EncodeToString(b[:])
-	if err := a.d.admit(s); err != nil {
+	if err := a.d.admit(ctx, s); err != nil {
 		return err
 	}
 	if _, err := a.d.make(ctx, s); err != nil {

@@ -83,8 +83,11 @@ func wantNothingOf(t *testing.T, d *Disks, id string) {
 			t.Errorf("still there: %s (%v)", p, err)
 		}
 	}
-	if slices.Contains(loops(t, d.Dir), d.imageFile(id)) {
-		t.Errorf("a loop device still holds the image of %s", id)
+	held := gone(func() []string {
+		return slices.DeleteFunc(loops(t, d.Dir), func(f string) bool { return !strings.HasPrefix(f, d.imageFile(id)) })
+	})
+	if held != nil {
+		t.Errorf("loop devices still hold the image of %s", id)
 	}
 }
 

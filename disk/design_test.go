@@ -28,6 +28,21 @@ func onlyTools(t *testing.T, names ...string) {
 	t.Setenv("PATH", dir)
 }
 
+// unmountSoon unmounts a file system whose last loop device may just be going.
+func unmountSoon(t *testing.T, mnt string) {
+	t.Helper()
+	var err error
+	left := gone(func() []string {
+		if err = unix.Unmount(mnt, 0); err != nil {
+			return []string{err.Error()}
+		}
+		return nil
+	})
+	if left != nil {
+		t.Errorf("umount %s: %v", mnt, left)
+	}
+}
+
 // Every design gives the same disks; what is chosen, and why not the better
 // ones, is said.
 func TestDesigns(t *testing.T) {
@@ -48,9 +63,7 @@ func TestDesigns(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			if err := unix.Unmount(mnt, 0); err != nil {
-				t.Error(err)
-			}
+			unmountSoon(t, mnt)
 		})
 		return mnt
 	}
@@ -126,9 +139,7 @@ func TestHostDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(mnt, 0); err != nil {
-			t.Error(err)
-		}
+		unmountSoon(t, mnt)
 	})
 	d := openDisks(t, &Disks{Dir: filepath.Join(mnt, "disks"), Reserve: 32 << 20})
 	lower := layer(t, map[string]string{"f": "1"})

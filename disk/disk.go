@@ -25,6 +25,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -220,7 +221,7 @@ func (d *Disks) Create(ctx context.Context, s Spec) (Root, error) {
 	if err != nil {
 		return Root{}, err
 	}
-	if err := d.admit(s); err != nil {
+	if err := d.admit(ctx, s); err != nil {
 		return Root{}, err
 	}
 	unlock := d.locks.lock(s.ID)
@@ -405,7 +406,7 @@ func (d *Disks) list() ([]string, error) {
 // admit refuses a disk when the host has too little room. A disk is sparse: it
 // takes room as the guest writes, so its size is not asked for in advance, and
 // the reserve is what keeps running guests from failing.
-func (d *Disks) admit(s Spec) error {
+func (d *Disks) admit(ctx context.Context, s Spec) error {
 	reserve := d.Reserve
 	if reserve == 0 {
 		reserve = DefaultReserve
@@ -414,11 +415,29 @@ func (d *Disks) admit(s Spec) error {
 		return nil
 	}
 	err := d.checkRoom(s, reserve)
-	if err != nil && d.reclaim() {
-		err = d.checkRoom(s, reserve)
+	if err == nil || d.Capabilities().Design != DesignPool || !d.reclaiming.TryLock() {
+		return err
+	}
+	defer d.reclaiming.Unlock()
+	// XFS frees a removed file in the background. Ask a few times.
+	for range reclaimTries {
+		d.reclaim()
+		if err = d.checkRoom(s, reserve); err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(reclaimWait):
+		case <-ctx.Done():
+			return err
+		}
 	}
 	return err
 }
+
+const (
+	reclaimTries = 8
+	reclaimWait  = 50 * time.Millisecond
+)
 
 func (d *Disks) checkRoom(s Spec, reserve int64) error {
 	for _, dir := range []string{d.path(poolDir), d.Dir} {

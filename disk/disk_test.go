@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -46,10 +47,24 @@ func checkLeaks(t testing.TB, dir string) {
 				_ = unix.Unmount(m.Point, unix.MNT_DETACH)
 			}
 		}
-		for _, f := range loops(t, dir) {
-			t.Errorf("left a loop device over %s", f)
+		if left := gone(func() []string { return loops(t, dir) }); left != nil {
+			t.Errorf("left loop devices over %v", left)
 		}
 	})
+}
+
+// gone waits until f finds nothing, and returns what it found last. A process
+// that is just being started in a mount namespace of its own, by whomever,
+// holds a copy of every mount for an instant.
+func gone(f func() []string) []string {
+	var left []string
+	for range 100 {
+		if left = f(); len(left) == 0 {
+			return nil
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return left
 }
 
 // loops returns the files under dir that back loop devices.
@@ -86,11 +101,11 @@ func openDisks(t testing.TB, d *Disks) *Disks {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		d.fault = nil
-		ctx := t.Context()
-		if ctx.Err() != nil {
-			ctx = context.WithoutCancel(ctx)
+		ctx := context.WithoutCancel(t.Context())
+		if err := d.Close(); err != nil { // stops the filler, which reads fault
+			t.Error(err)
 		}
+		d.fault = nil
 		if err := d.Open(ctx); err != nil {
 			t.Error(err)
 			return

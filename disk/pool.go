@@ -245,24 +245,19 @@ func copySparse(out, in *os.File) error {
 const fitrim = 0xc0185879
 
 // reclaim gives the free room of the pool back to the host, now. XFS does it by
-// itself, some seconds after a removal; a Create that would be refused does not
-// wait for it. It reports whether there was anything to try.
-func (d *Disks) reclaim() bool {
-	if d.Capabilities().Design != DesignPool || !d.reclaiming.TryLock() {
-		return false
-	}
-	defer d.reclaiming.Unlock()
+// itself some seconds after a removal.
+func (d *Disks) reclaim() {
 	f, err := os.Open(d.path(poolDir))
 	if err != nil {
-		return false
+		d.log().Warn("opening the pool", "err", err)
+		return
 	}
 	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil { // makes removals count
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
 		d.log().Warn("syncing the pool", "err", err)
 	}
 	all := struct{ start, length, least uint64 }{length: 1<<64 - 1}
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fitrim, uintptr(unsafe.Pointer(&all))); errno != 0 {
 		d.log().Warn("trimming the pool", "err", errno)
 	}
-	return true
 }
