@@ -71,6 +71,7 @@ const (
 	CodeConfigInvalid      Code = "config_invalid"
 	CodeHostUnsupported    Code = "host_unsupported"
 	CodeNotRunning         Code = "server_not_running"
+	CodeStoreUnavailable   Code = "store_unavailable"
 	CodeShuttingDown       Code = "shutting_down"
 	CodeInternal           Code = "internal_server_error"
 )
@@ -123,6 +124,7 @@ var Codes = []CodeInfo{
 	{CodeConfigInvalid, http.StatusInternalServerError, false, "A setting has a wrong value; the message names it and its origin."},
 	{CodeHostUnsupported, http.StatusInternalServerError, false, "The host lacks a feature Cay needs; `cay doctor` shows which."},
 	{CodeNotRunning, http.StatusServiceUnavailable, true, "No server answers for the data directory."},
+	{CodeStoreUnavailable, http.StatusServiceUnavailable, true, "The database does not answer."},
 	{CodeShuttingDown, http.StatusServiceUnavailable, true, "The server is going down."},
 	{CodeInternal, http.StatusInternalServerError, true, "A defect in Cay; the log has the cause under the request ID."},
 }
