@@ -1,0 +1,245 @@
+// Package envd is the daemon inside every sandbox: it runs processes, serves
+// files, watches directories and makes services on the guest's loopback
+// reachable, over the protocol that the E2B clients speak.
+//
+// It has two listeners. The public one carries the contract and is reachable
+// by everybody whom the proxy lets through; when a token is set, requests need
+// it. The control one belongs to the node alone: each request carries the
+// guest's control token, and only there are the routes that configure the
+// guest. DESIGN.md says how users, uploads, output and time are handled.
+package envd
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version is what envd reports: the newest upstream version whose clients'
+// feature gates all hold here (docs/envd.md has the table).
+const Version = "0.6.13"
+
+// Ports of envd. PublicPort is the E2B contract's; ControlPort is Cay's own.
+const (
+	PublicPort  = 49983
+	ControlPort = 49982
+)
+
+// idleTimeout is how long a connection may be silent between requests. It is
+// longer than any proxy's in front of us, so that the proxy closes first.
+const idleTimeout = 640 * time.Second
+
+// releaseAfter is how long after the last request memory is given back.
+const releaseAfter = 3 * time.Second
+
+// Config is what a [Server] needs to know. The zero value of a field means
+// what its comment says.
+type Config struct {
+	Log *slog.Logger     // nil: silent
+	Now func() time.Time // nil: the guest's clock
+
+	// ControlToken guards the control listener; empty closes it to everybody.
+	ControlToken string
+	// Build and Instance are the identity the node gave to PID 1.
+	Build, Instance string
+
+	PasswdFile string // empty: /etc/passwd
+	GroupFile  string // empty: /etc/group
+	// RunDir holds the generation file. Empty: /run/cay.
+	RunDir string
+	// Hook is run as root when the generation changes. Empty:
+	// /etc/cay/hooks/generation.
+	Hook string
+	// Cgroup is the cgroup v2 directory that processes of users are started
+	// in; missing or empty: that of envd.
+	Cgroup string
+	// System lets envd change the guest's host name and clock. Tests leave it
+	// out.
+	System bool
+}
+
+// Server is the daemon. Its methods may be called at the same time.
+type Server struct {
+	cfg      Config
+	log      *slog.Logger
+	now      func() time.Time
+	users    *users
+	procs    *processes
+	watchers *watchers
+	cpu      cpuMeter
+
+	mu    sync.RWMutex
+	state settings
+
+	inFlight atomic.Int64
+	relMu    sync.Mutex
+	release  *time.Timer
+
+	digestOnce sync.Once
+	digest     string
+	digestErr  error
+}
+
+// New returns a server that has not touched anything yet.
+func New(c Config) *Server {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.PasswdFile == "" {
+		c.PasswdFile = "/etc/passwd"
+	}
+	if c.GroupFile == "" {
+		c.GroupFile = "/etc/group"
+	}
+	if c.RunDir == "" {
+		c.RunDir = "/run/cay"
+	}
+	if c.Hook == "" {
+		c.Hook = "/etc/cay/hooks/generation"
+	}
+	s := &Server{
+		cfg:   c,
+		log:   c.Log,
+		now:   c.Now,
+		users: &users{passwdFile: c.PasswdFile, groupFile: c.GroupFile},
+		state: settings{env: map[string]string{"E2B_SANDBOX": "true"}, user: "root"},
+	}
+	s.procs = newProcesses(c.Log)
+	s.watchers = newWatchers()
+	return s
+}
+
+// Run serves both listeners until ctx ends, and closes them. Processes that
+// were started go on.
+func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
+	// Files are made with the modes the contract names, and nobody may look
+	// into the memory of a daemon that holds tokens.
+	syscall.Umask(0o022)
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		s.log.Warn("memory of envd stays readable for root's tools", "err", err)
+	}
+	if s.cfg.Cgroup != "" {
+		s.procs.openCgroup(s.cfg.Cgroup)
+	}
+	go s.envdDigest() // hashing takes longer than the node's first question; it ends by itself
+
+	servers := []*http.Server{s.httpServer(s.Public()), s.httpServer(s.Control())}
+	var wg sync.WaitGroup
+	errs := make(chan error, len(servers))
+	for i, l := range []net.Listener{public, control} {
+		wg.Go(func() {
+			if err := servers[i].Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				errs <- fmt.Errorf("serving %s: %w", l.Addr(), err)
+			}
+		})
+	}
+	fw := forwarder{log: s.log, procs: s.procs, proc: "/proc"}
+	fctx, stop := context.WithCancel(ctx)
+	wg.Go(func() { fw.run(fctx) })
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-errs:
+	}
+	stop()
+	for _, h := range servers {
+		h.Close()
+	}
+	s.Close()
+	wg.Wait()
+	return err
+}
+
+// Close ends the watchers and forgets the processes, which live on. It may be
+// called twice.
+func (s *Server) Close() error {
+	s.watchers.closeAll()
+	s.procs.close()
+	s.relMu.Lock()
+	defer s.relMu.Unlock()
+	if s.release != nil {
+		s.release.Stop()
+	}
+	return nil
+}
+
+func (s *Server) httpServer(h http.Handler) *http.Server {
+	var p http.Protocols
+	p.SetHTTP1(true)
+	p.SetUnencryptedHTTP2(true)
+	return &http.Server{
+		Handler:           s.track(h),
+		Protocols:         &p,
+		IdleTimeout:       idleTimeout,
+		ReadHeaderTimeout: time.Minute,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+}
+
+// track gives memory back to the system once requests have ceased: an idle
+// sandbox should cost what it cost before it worked.
+func (s *Server) track(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.inFlight.Add(1)
+		defer func() {
+			if s.inFlight.Add(-1) > 0 {
+				return
+			}
+			s.relMu.Lock()
+			defer s.relMu.Unlock()
+			if s.release == nil {
+				s.release = time.AfterFunc(releaseAfter, func() {
+					if s.inFlight.Load() == 0 {
+						debug.FreeOSMemory()
+					}
+				})
+			} else {
+				s.release.Reset(releaseAfter)
+			}
+		}()
+		h.ServeHTTP(w, r)
+	})
+}
+
+// envdDigest is the SHA-256 of the running program, "sha256:…".
+func (s *Server) envdDigest() (string, error) {
+	s.digestOnce.Do(func() {
+		f, err := os.Open("/proc/self/exe")
+		if err != nil {
+			s.digestErr = fmt.Errorf("opening envd's own binary: %w", err)
+			return
+		}
+		defer f.Close()
+		h := sha256.New()
+		if _, err := io.Copy(h, f); err != nil {
+			s.digestErr = fmt.Errorf("reading envd's own binary: %w", err)
+			return
+		}
+		s.digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+	})
+	return s.digest, s.digestErr
+}
+
+// sameSecret compares without telling by its duration where two texts differ.
+func sameSecret(got, want string) bool {
+	return subtle.ConstantTimeCompare([]byte(got), []byte(want)) == 1
+}
