@@ -59,6 +59,13 @@ func (r *reporter) progress(format string, args ...any) {
 	fmt.Fprintln(r.err, text)
 }
 
+// progressText passes lines that are formatted already.
+func (r *reporter) progressText(text string) {
+	for line := range strings.Lines(text) {
+		r.progress("%s", strings.TrimRight(line, "\r\n"))
+	}
+}
+
 // ready tells that the server answers; it is said once.
 func (r *reporter) ready(s serverInfo) error {
 	if r.pipe == nil {

@@ -1,7 +1,131 @@
 package main
 
-import "github.com/spf13/cobra"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
 
-func newUpCmd(a *app) *cobra.Command        { return &cobra.Command{Use: "up"} }
-func newDownCmd(a *app) *cobra.Command      { return &cobra.Command{Use: "down"} }
-func newSuperviseCmd(a *app) *cobra.Command { return &cobra.Command{Use: "supervise", Hidden: true} }
+	"github.com/spf13/cobra"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime/gvisor"
+)
+
+func newUpCmd(a *app) *cobra.Command {
+	var background bool
+	cmd := &cobra.Command{
+		Use:   "up",
+		Short: "Start the sandbox cloud on this machine",
+		Long: `Starts API, proxy and orchestrator in one process. No configuration is needed:
+a fresh data directory gets a team, an API key and the base template.
+
+Sandboxes outlive the server. After a stop or a crash, the next "cay up" adopts
+them with their processes, open ports and deadlines. "cay down" ends them.`,
+		Example: `  cay up
+  cay up --detach
+  cay up --data-dir /srv/cay --api-addr 127.0.0.1:3000 --proxy-addr 127.0.0.1:3002
+  cay up --api-addr 127.0.0.1:0 --proxy-addr 127.0.0.1:0   # pick free ports`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if background {
+				return a.upDetached(cmd)
+			}
+			rep, err := newReporter(a)
+			if err != nil {
+				return err
+			}
+			if err := a.up(cmd, rep); err != nil {
+				rep.failed(err)
+				return err
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&background, "detach", "d", false, "return when the server is ready, and leave it running")
+	addServerFlags(cmd)
+	return cmd
+}
+
+// upDetached runs the same command line without --detach in the background.
+func (a *app) upDetached(cmd *cobra.Command) error {
+	cfg, err := a.settings(cmd)
+	if err != nil {
+		return err
+	}
+	d := dataDir(cfg.DataDir)
+	if err := os.MkdirAll(d.path("log"), 0o711); err != nil {
+		return errDataDir(cfg.DataDir, err)
+	}
+	logFile := d.path("log", "server.log")
+	info, err := a.detach(append([]string{"up"}, serverArgs(cfg)...), logFile)
+	if err != nil {
+		return err
+	}
+	creds, err := d.readCredentials()
+	if err != nil {
+		return err
+	}
+	printReady(a.out, info, creds)
+	fmt.Fprintf(a.err, "The server runs in the background (pid %d, log %s). Stop it with: cay down --data-dir %s\n", info.PID, logFile, cfg.DataDir)
+	return nil
+}
+
+// printReady prints what a user needs next: one line that says ready, and the
+// exports that point the official clients here.
+func printReady(w io.Writer, info serverInfo, c credentials) {
+	fmt.Fprintf(w, "ready api=%s proxy=%s pid=%d version=%s\n", info.APIURL, info.ProxyURL, info.PID, info.Version)
+	fmt.Fprintf(w, "export E2B_API_KEY=%s\nexport E2B_API_URL=%s\nexport E2B_SANDBOX_URL=%s\n", c.APIKey, info.APIURL, info.ProxyURL)
+}
+
+// up runs the server until a signal or a failure.
+func (a *app) up(cmd *cobra.Command, rep *reporter) error {
+	cfg, err := a.settings(cmd)
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return &cay.Error{Code: cay.CodePrivilege, Layer: cay.LayerHost,
+			Message: fmt.Sprintf("cay up needs root on this machine (it runs as user %d): sandboxes need namespaces, mounts and cgroups", os.Geteuid()),
+			Fix:     "run it as root, for example with sudo"}
+	}
+	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	s, err := newServer(cfg, a.err, rep)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	printReady(rep.out, s.info, s.creds)
+	if err := rep.ready(s.info); err != nil {
+		return fmt.Errorf("telling the parent that the server is ready: %w", err)
+	}
+	err = s.wait(ctx)
+	if errors.Is(err, context.Canceled) {
+		return nil // a signal: sandboxes stay, the next `cay up` adopts them
+	}
+	return err
+}
+
+func newSuperviseCmd(a *app) *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use:     "supervise",
+		Short:   "Own the engine processes of a data directory (started by cay up)",
+		Example: "  cay supervise --dir /var/lib/cay/run/gvisor",
+		Hidden:  true,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return gvisor.Supervise(cmd.Context(), dir)
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", "", "the runtime's directory")
+	_ = cmd.MarkFlagRequired("dir") // the flag exists: it was defined a line above
+	return cmd
+}

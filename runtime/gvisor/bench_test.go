@@ -172,8 +172,21 @@ func BenchmarkIdleMemory(b *testing.B) {
 	}
 	time.Sleep(time.Second) // let the engines come to rest: this is no test
 	var sum int64
+	kinds := map[string]int64{}
 	for _, p := range pids {
+		args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
+		kind, _, _ := strings.Cut(string(args), "\x00")
+		if kind == "" {
+			kind = "stub"
+		}
+		kinds[kind] += pss(b, p)
 		sum += pss(b, p)
+	}
+	for kind, kib := range kinds {
+		b.ReportMetric(float64(kib)/n/1024, kind+"-MiB")
+	}
+	if st, err := r.Stats(b.Context(), runtime.InstanceID("x1t"+strconv.Itoa(os.Getpid()))); err == nil {
+		b.ReportMetric(float64(st.MemoryBytes)/(1<<20), "cgroup-MiB")
 	}
 	b.ReportMetric(float64(sum)/n/1024, "PSS-MiB/guest")
 	b.ReportMetric(float64(len(pids))/n, "processes/guest")

@@ -1,0 +1,279 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/api"
+	"github.com/cayhq/cay/blob"
+	"github.com/cayhq/cay/blob/file"
+	"github.com/cayhq/cay/catalog/memory"
+	"github.com/cayhq/cay/disk"
+	"github.com/cayhq/cay/doctor"
+	"github.com/cayhq/cay/internal/settings"
+	"github.com/cayhq/cay/network"
+	"github.com/cayhq/cay/orchestrator"
+	"github.com/cayhq/cay/proxy"
+	"github.com/cayhq/cay/runtime/gvisor"
+	"github.com/cayhq/cay/store/sqlite"
+	"github.com/cayhq/cay/template"
+	"github.com/cayhq/cay/templates"
+)
+
+// nodeID is the name of the only node of one machine.
+const nodeID = cay.NodeID("local")
+
+// baseTemplate is the template that a fresh data directory gets: the one the
+// SDKs ask for when they are told none.
+const baseTemplate = "base"
+
+// host is what a data directory has on this machine: engine, networks, disks.
+// `cay up` and `cay down` put it together in the same way.
+type host struct {
+	dir   dataDir
+	log   *slog.Logger
+	blobs *file.Store
+	disks *disk.Disks
+	nets  *network.Pool
+	rt    *gvisor.Runtime
+	orch  *orchestrator.Orchestrator
+}
+
+// hostTag names this data directory in everything of the host that is not
+// below it: namespaces, links, firewall tables, cgroups.
+func hostTag(d dataDir) string {
+	sum := sha256.Sum256([]byte(d))
+	return hex.EncodeToString(sum[:])[:6]
+}
+
+func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchestrator.Streams) *host {
+	h := &host{dir: d, log: log}
+	h.blobs = file.New(d.path("blobs"))
+	h.disks = &disk.Disks{Dir: d.path("disk"), Reserve: int64(cfg.DiskReserveMB) << 20, Ahead: 2, Log: log.With("part", "disk")}
+	h.nets = &network.Pool{Tag: hostTag(d), NamespaceDir: "/run/netns", StateDir: "/run/cay", CIDR: cfg.SandboxCIDR,
+		Warm: 4, Log: log.With("part", "network")}
+	h.rt = gvisor.New(d.path("run", "gvisor"))
+	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
+	h.rt.Log = log.With("part", "runtime")
+	h.orch = &orchestrator.Orchestrator{
+		Node: nodeID, Dir: d.path("run", "orchestrator"),
+		Runtime: h.rt, Slots: h.nets, Disks: h.disks, Builds: buildFiles{h.blobs},
+		Catalog: memory.New(), Streams: streams,
+		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
+		MemoryAvailable: orchestrator.MemoryAvailable,
+		Log:             log.With("part", "orchestrator"),
+	}
+	return h
+}
+
+// open brings up the parts, innermost first, and adopts what runs.
+func (h *host) open(ctx context.Context) error {
+	for _, dir := range []string{"run", "log", "work"} {
+		if err := os.MkdirAll(h.dir.path(dir), 0o711); err != nil {
+			return errDataDir(string(h.dir), err)
+		}
+	}
+	// Nothing here waits for the others, and the engine's supervisor and the
+	// mounts take a moment each.
+	var eg errgroup.Group
+	eg.Go(func() error { return h.blobs.Open(ctx) })
+	eg.Go(func() error { return h.disks.Open(ctx) })
+	eg.Go(func() error { return h.nets.Open(ctx) })
+	eg.Go(func() error { return h.rt.Open(ctx) })
+	if err := eg.Wait(); err != nil {
+		return err
+	}
+	return h.orch.Open(ctx)
+}
+
+// close lets go of everything; guests stay.
+func (h *host) close() error {
+	return errors.Join(h.orch.Close(), h.rt.Close(), h.nets.Close(), h.disks.Close(), h.blobs.Close())
+}
+
+// buildFiles finds the layers of builds in the artefact store.
+type buildFiles struct{ blobs blob.Store }
+
+// Open implements [orchestrator.Builds]. A build that is being verified has a
+// candidate manifest; only the builder knows its ID.
+func (b buildFiles) Open(ctx context.Context, id cay.BuildID) (cay.Manifest, []disk.Layer, error) {
+	m, err := template.Load(ctx, b.blobs, id)
+	if cay.CodeOf(err) == cay.CodeTemplateNotFound {
+		m, err = template.LoadCandidate(ctx, b.blobs, id)
+	}
+	if err != nil {
+		return cay.Manifest{}, nil, err
+	}
+	files, err := template.Files(ctx, b.blobs, m)
+	if err != nil {
+		return cay.Manifest{}, nil, err
+	}
+	layers := make([]disk.Layer, len(files))
+	for i, f := range files {
+		layers[i] = disk.Layer{Digest: f.Digest, File: f.Path}
+	}
+	return m, layers, nil
+}
+
+// server is `cay up`.
+type server struct {
+	cfg    settings.Settings
+	rep    *reporter
+	log    *slog.Logger
+	dir    dataDir
+	unlock func()
+	creds  credentials
+	info   serverInfo
+
+	host  *host
+	store *sqlite.Store
+	api   *api.Server
+	proxy *proxy.Server
+
+	apiListener, proxyListener net.Listener
+
+	run    *errgroup.Group
+	cancel context.CancelFunc
+}
+
+func newServer(cfg settings.Settings, errw io.Writer, rep *reporter) (*server, error) {
+	log, err := newLogger(cfg, errw)
+	if err != nil {
+		return nil, err
+	}
+	return &server{cfg: cfg, rep: rep, log: log}, nil
+}
+
+// open starts everything. When it returns nil the server is ready: adopted
+// sandboxes answer, and the base template is there.
+func (s *server) open(ctx context.Context) (err error) {
+	if s.dir, s.unlock, err = openDataDir(s.cfg.DataDir); err != nil {
+		return err
+	}
+	if err := writeFile(s.dir.pidFile(), []byte(strconv.Itoa(os.Getpid())+"\n")); err != nil {
+		return errDataDir(string(s.dir), err)
+	}
+	// The ports before anything that takes time: a taken one is the most
+	// frequent reason for a start that cannot work.
+	if s.apiListener, err = listen("api", "--api-addr", s.cfg.APIAddr); err != nil {
+		return err
+	}
+	if s.proxyListener, err = listen("proxy", "--proxy-addr", s.cfg.ProxyAddr); err != nil {
+		return err
+	}
+	if s.creds, err = s.dir.loadCredentials(); err != nil {
+		return err
+	}
+	s.info = serverInfo{PID: os.Getpid(), Version: cay.Version, StartedAt: time.Now().UTC(),
+		APIURL: "http://" + s.apiListener.Addr().String(), ProxyURL: "http://" + s.proxyListener.Addr().String()}
+
+	s.proxy = &proxy.Server{Domain: s.cfg.Domain, Log: s.log.With("part", "proxy")}
+	s.host = newHost(s.dir, s.cfg, s.log, s.proxy)
+	s.proxy.Catalog = s.host.orch.Catalog
+	if s.store, err = openStore(ctx, s.dir, s.creds); err != nil {
+		return err
+	}
+	if err := s.host.open(ctx); err != nil {
+		return err
+	}
+	if err := ensureTeam(ctx, s.store, s.creds); err != nil {
+		return err
+	}
+	s.api = newAPI(s)
+
+	// Background work ends with close, not with the start's context.
+	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancel = cancel
+	s.run, run = errgroup.WithContext(run)
+	s.run.Go(func() error { return s.proxy.Serve(run, s.proxyListener) })
+	s.run.Go(func() error { return s.api.Run(run) })
+	s.run.Go(func() error { return s.api.Serve(run, s.apiListener) })
+
+	if err := s.ensureTemplate(ctx); err != nil {
+		return err
+	}
+	return s.publishInfo()
+}
+
+// wait returns when ctx ends or a part of the server fails.
+func (s *server) wait(ctx context.Context) error {
+	failed := make(chan error, 1)
+	go func() { failed <- s.run.Wait() }()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err := <-failed:
+		return err
+	}
+}
+
+// close stops serving and lets go of the sandboxes, which stay. It may be
+// called after a failed open.
+func (s *server) close() {
+	if s.cancel != nil {
+		s.cancel()
+		if err := s.run.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+			s.log.Error("a part of the server ended with an error", "error", err)
+		}
+	}
+	if s.host != nil {
+		if err := s.host.close(); err != nil {
+			s.log.Error("letting go of the host", "error", err)
+		}
+	}
+	if s.store != nil {
+		if err := s.store.Close(); err != nil {
+			s.log.Error("closing the store", "error", err)
+		}
+	}
+	for _, l := range []net.Listener{s.apiListener, s.proxyListener} {
+		if l != nil {
+			_ = l.Close() // closed already when it was served
+		}
+	}
+	if s.unlock != nil {
+		_ = os.Remove(s.dir.serverFile()) // stale information is worse than none, and a missing file is fine
+		_ = os.Remove(s.dir.pidFile())
+		s.unlock()
+	}
+}
+
+// listen opens a port, or says who has it.
+func listen(what, flag, addr string) (net.Listener, error) {
+	l, err := net.Listen("tcp", addr)
+	if err == nil {
+		return l, nil
+	}
+	if errors.Is(err, syscall.EADDRINUSE) {
+		who := "another process"
+		detail := map[string]string{"address": addr}
+		if pid, cmd, ok := doctor.PortHolder(addr); ok {
+			who = fmt.Sprintf("process %d (%s)", pid, cmd)
+			detail["pid"] = strconv.Itoa(pid)
+		}
+		return nil, &cay.Error{Code: cay.CodePortTaken, Layer: cay.LayerHost,
+			Message: fmt.Sprintf("the address %s for the %s is taken by %s", addr, what, who),
+			Fix:     fmt.Sprintf("stop that process, or choose another address with %s (port 0 picks a free one)", flag),
+			Detail:  detail, Err: err}
+	}
+	return nil, &cay.Error{Code: cay.CodeConfigInvalid, Layer: cay.LayerHost,
+		Message: fmt.Sprintf("cannot listen on %s for the %s: %v", addr, what, err),
+		Fix:     "give " + flag + " an address of this machine, such as 127.0.0.1:3000", Err: err}
+}
+
+var _ = netip.Prefix{}
+var _ = templates.FS
