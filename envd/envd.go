@@ -34,9 +34,9 @@ import (
 // feature gates all hold here (docs/envd.md has the table).
 const Version = "0.6.13"
 
-// Ports of envd. PublicPort is the E2B contract's; ControlPort is Cay's own.
+// Ports of envd. Port is the E2B contract's; ControlPort is Cay's own.
 const (
-	PublicPort  = 49983
+	Port        = 49983
 	ControlPort = 49982
 )
 
