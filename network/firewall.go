@@ -24,18 +24,21 @@ const maxConnections = 8192
 // slots, whose rules know a slot by the prefix of its interface's name, so
 // that a slot costs no rule.
 func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
-	t := newTable(c, p.tableName())
+	t := insteadOf(c, p.tableName())
 	refused := t.addresses("refused", append(Refused(), append(p.Refuse, p.cidr())...))
 	internet := t.interfaces(internetSet, open)
 	ours := p.linkPrefix()
 
+	refuse(t.chain(refuseChain))
+
 	guest := t.chain("guest")
 	guest(ipv6(), drop())
+	guest(invalid(), drop())
 	guest(spoofed(), drop())
 	guest(answer(), accept())
-	guest(toLocal(), drop())
-	guest(toSet(refused), drop())
-	guest(iifNotIn(internet), drop())
+	guest(toLocal(), jump(refuseChain))
+	guest(toSet(refused), jump(refuseChain))
+	guest(iifNotIn(internet), jump(refuseChain))
 
 	t.base("first", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeDNAT)(iifPrefix(ours), jump("guest"))
 
@@ -77,48 +80,72 @@ func openSlots(c *nftables.Conn, p *Pool) ([]string, error) {
 	return out, nil
 }
 
-// allow lets a slot's interface leave the machine, or no more.
-func (p *Pool) allow(link string, yes bool) error {
-	t := &nftables.Table{Name: p.tableName(), Family: nftables.TableFamilyINet}
-	s := &nftables.Set{Table: t, Name: internetSet, KeyType: nftables.TypeIFName}
-	c := &nftables.Conn{}
-	el := []nftables.SetElement{{Key: ifname(link)}}
-	add := func() error { return c.SetAddElements(s, el) }
-	if err := add(); err != nil { // adding one that is there is no error, so deleting after it never fails
+// allow lets a slot's interface leave the machine.
+func (p *Pool) allow(link string) error {
+	c, s := p.internetSet()
+	if err := c.SetAddElements(s, []nftables.SetElement{{Key: ifname(link)}}); err != nil {
 		return err
-	}
-	if !yes {
-		if err := c.SetDeleteElements(s, el); err != nil {
-			return err
-		}
 	}
 	return c.Flush()
 }
 
-// routerTable is the name of the table in each router namespace.
-const routerTable = "cay"
+// deny lets interfaces leave the machine no more. Those that could not before
+// are no error.
+func (p *Pool) deny(links ...string) error {
+	c, s := p.internetSet()
+	var el []nftables.SetElement
+	for _, l := range links {
+		el = append(el, nftables.SetElement{Key: ifname(l)})
+	}
+	// Adding what is there is no error and deleting what is not is one: so
+	// add, then delete, in one transaction.
+	if err := c.SetAddElements(s, el); err != nil {
+		return err
+	}
+	if err := c.SetDeleteElements(s, el); err != nil {
+		return err
+	}
+	return c.Flush()
+}
+
+func (p *Pool) internetSet() (*nftables.Conn, *nftables.Set) {
+	t := &nftables.Table{Name: p.tableName(), Family: nftables.TableFamilyINet}
+	return &nftables.Conn{}, &nftables.Set{Table: t, Name: internetSet, KeyType: nftables.TypeIFName}
+}
+
+// refuse fills a chain that refuses with an answer, so that a program in the
+// guest fails at once instead of waiting.
+func refuse(chain func(...words)) {
+	chain(count())
+	chain(tcp(), reset())
+	chain(prohibit())
+}
+
+// routerTable is the name of the table in each router namespace. Its chain
+// egress is empty in a slot that reaches the internet.
+const (
+	routerTable = "cay"
+	egressChain = "egress"
+	refuseChain = "refuse"
+)
 
 // routerFirewall puts a slot's own half of the policy in force, in its router
-// namespace. It refuses with an answer, so that a program in the guest fails
-// at once; the host's half drops.
-func routerFirewall(c *nftables.Conn, a addresses, refuse []netip.Prefix, policy Policy) error {
+// namespace.
+func routerFirewall(c *nftables.Conn, a addresses, prefixes []netip.Prefix) error {
 	t := newTable(c, routerTable)
-	refused := t.addresses("refused", refuse)
+	refused := t.addresses("refused", prefixes)
 
-	no := t.chain("refuse")
-	no(count())
-	no(tcp(), reset())
-	no(prohibit())
+	refuse(t.chain(refuseChain))
+	t.chain(egressChain)
 
 	guest := t.chain("guest")
 	guest(ipv6(), drop())
+	guest(invalid(), drop()) // it would leave untranslated
 	guest(notFrom(guestAddr), drop())
 	guest(answer(), accept())
-	guest(toSet(refused), jump("refuse"))
-	guest(toLocal(), jump("refuse"))
-	if !policy.AllowInternet {
-		guest(jump("refuse"))
-	}
+	guest(toSet(refused), jump(refuseChain))
+	guest(toLocal(), jump(refuseChain))
+	guest(jump(egressChain))
 
 	t.base("first", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeDNAT)(iif(guestLink), jump("guest"))
 
@@ -133,7 +160,7 @@ func routerFirewall(c *nftables.Conn, a addresses, refuse []netip.Prefix, policy
 	input(drop())
 
 	forward := t.base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, 0)
-	forward(iif(guestLink), oif(upLink), isNew(), over(maxConnections), jump("refuse"))
+	forward(iif(guestLink), oif(upLink), isNew(), over(maxConnections), jump(refuseChain))
 	forward(iif(guestLink), oif(upLink), accept())
 	forward(iif(upLink), oif(guestLink), known(), accept())
 	forward(iif(upLink), oif(guestLink), dnatted(), accept())
@@ -143,4 +170,11 @@ func routerFirewall(c *nftables.Conn, a addresses, refuse []netip.Prefix, policy
 	leave(oif(upLink), masquerade())
 	leave(oif(guestLink), masquerade()) // the guest sees its gateway, nothing of the host
 	return t.commit()
+}
+
+// closeRouter refuses everything a guest opens, in its router namespace.
+func closeRouter(c *nftables.Conn) error {
+	t := &nftables.Table{Name: routerTable, Family: nftables.TableFamilyINet}
+	c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Name: egressChain, Table: t}, Exprs: jump(refuseChain)})
+	return c.Flush()
 }

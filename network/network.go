@@ -24,7 +24,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"regexp"
-	"slices"
 	"sync"
 	"time"
 
@@ -83,7 +82,8 @@ type Pool struct {
 	mtu     int
 	host    *netlink.Handle
 	slots   map[int]state
-	next    int // where to look for a free index: the longest unused comes first
+	next    int           // where to look for a free index: the longest unused comes first
+	changed chan struct{} // closed at the next change of a state; nil when nobody waits
 	kick    chan struct{}
 	stop    context.CancelFunc
 	done    sync.WaitGroup
@@ -93,12 +93,14 @@ type Pool struct {
 type state int
 
 const (
-	building state = iota + 1
+	building state = iota + 1 // for a caller of Acquire
+	warming                   // for nobody yet
 	ready
 	taken
 	unowned // found at Open, not adopted yet
 	leaving // somebody is removing it
 	stuck   // removing it did not work; the filler tries again
+	removed // gone, but the host remembers it; the filler makes it forget
 )
 
 var validTag = regexp.MustCompile(`^[a-z0-9]{1,8}$`)
@@ -191,15 +193,22 @@ func (p *Pool) Close() error {
 	}
 	p.open = false
 	p.stop()
+	p.tell()
 	p.mu.Unlock()
 	p.done.Wait() // also for calls under way, which may still use the host
 
 	var errs []error
+	var gone []int
 	for i, s := range p.slots {
-		if s == ready || s == stuck {
-			errs = append(errs, p.remove(context.Background(), i))
+		switch s {
+		case ready, stuck:
+			errs = append(errs, p.remove(i))
+			gone = append(gone, i)
+		case removed:
+			gone = append(gone, i)
 		}
 	}
+	errs = append(errs, p.forget(gone))
 	p.host.Close()
 	return fail("closing the pool", errors.Join(errs...))
 }
@@ -216,17 +225,17 @@ func (p *Pool) Acquire(ctx context.Context, policy Policy) (Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return Slot{}, err
 	}
-	index, made := p.takeReady()
+	index, made, err := p.pick(ctx)
+	if err != nil {
+		return Slot{}, err
+	}
 	if !made {
-		if index, err = p.reserve(p.size()); err != nil {
-			return Slot{}, err
-		}
 		if err := p.make(index, taken); err != nil {
 			return Slot{}, err
 		}
 	}
 	if !policy.AllowInternet { // slots are made open
-		if err := p.setPolicy(index, policy); err != nil {
+		if err := p.shut(index); err != nil {
 			p.dispose(index)
 			return Slot{}, fail("setting the policy of a slot", err)
 		}
@@ -335,7 +344,7 @@ func (p *Pool) Destroy(ctx context.Context) error {
 	}
 	errs := []error{closed}
 	for i := range found {
-		errs = append(errs, p.remove(ctx, i))
+		errs = append(errs, p.remove(i))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fail("removing the slots", err) // the firewall stays while a slot does
@@ -387,41 +396,78 @@ func (p *Pool) enter() (leave func(), err error) {
 	return p.done.Done, nil
 }
 
-func (p *Pool) takeReady() (index int, ok bool) {
+// pick takes a slot made ahead, or reserves an index to make one at. It waits
+// if neither can be had but one is being made for nobody, or all that the
+// block lacks is an index which the host still remembers.
+func (p *Pool) pick(ctx context.Context) (index int, made bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var all []int
-	for i, s := range p.slots {
-		if s == ready {
-			all = append(all, i)
+	for p.open {
+		index = -1
+		busy, coming, gone := 0, false, false
+		for i, s := range p.slots {
+			switch {
+			case s == ready && (index < 0 || i < index):
+				index = i
+			case s == warming:
+				coming = true
+			case s == removed:
+				gone = true
+				continue
+			}
+			busy++
+		}
+		if index >= 0 {
+			p.slots[index] = taken
+			return index, true, nil
+		}
+		if index, err = p.reserve(building); err == nil {
+			return index, false, nil
+		}
+		if !coming && (!gone || busy >= p.size()) {
+			return 0, false, err
+		}
+		if p.changed == nil {
+			p.changed = make(chan struct{})
+		}
+		changed := p.changed
+		p.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-changed:
+			err = nil
+		}
+		p.mu.Lock()
+		if err != nil {
+			return 0, false, err
 		}
 	}
-	if len(all) == 0 {
-		return 0, false
-	}
-	index = slices.Min(all)
-	p.slots[index] = taken
-	return index, true
+	return 0, false, errNotOpen()
 }
 
-// reserve takes a free index for a slot to be built, if fewer than limit
-// indexes have a use.
-func (p *Pool) reserve(limit int) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.slots) >= limit {
-		return 0, errNoSlot(limit)
+// reserve takes a free index for a slot to be built, if the pool may have one
+// more. The caller holds the lock.
+func (p *Pool) reserve(s state) (int, error) {
+	busy := 0
+	for _, s := range p.slots {
+		if s != removed {
+			busy++
+		}
+	}
+	if busy >= p.size() {
+		return 0, errNoSlot(p.size())
 	}
 	room := p.room()
 	for range room {
 		i := p.next
 		p.next = (p.next + 1) % room
 		if _, used := p.slots[i]; !used {
-			p.slots[i] = building
+			p.slots[i] = s
 			return i, nil
 		}
 	}
-	return 0, errNoSlot(limit)
+	return 0, errNoSlot(p.size())
 }
 
 // make builds the slot of a reserved index and gives it a state.
@@ -442,41 +488,49 @@ func (p *Pool) dispose(index int) {
 	}
 }
 
-// finish removes a slot that the caller has put in state leaving, and frees
-// its index if that worked.
+// finish removes a slot that the caller has put in state leaving.
 func (p *Pool) finish(index int) error {
-	err := p.remove(context.Background(), index)
-	if err == nil {
-		err = p.forget(index)
-	}
-	p.mu.Lock()
+	err := p.remove(index)
 	if err != nil {
-		p.slots[index] = stuck
+		p.mark(index, stuck)
 	} else {
-		delete(p.slots, index)
+		p.mark(index, removed)
 	}
-	p.mu.Unlock()
 	p.wake()
 	return fail(fmt.Sprintf("removing slot %d", index), err)
 }
 
-// forget ends the host's memory of a slot's connections.
-func (p *Pool) forget(index int) error {
-	a := p.addresses(index)
-	f := &addrFilter{a: [2]netip.Addr{a.slot, a.host}}
-	_, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f)
-	return err
+// forget ends the host's memory of removed slots: its rules' and its table of
+// connections. For many at once, because the kernel walks the whole table each
+// time. Nothing depends on when it happens: an index is free only after it.
+func (p *Pool) forget(indexes []int) error {
+	if len(indexes) == 0 {
+		return nil
+	}
+	var links []string
+	f := addrFilter{}
+	for _, i := range indexes {
+		links = append(links, p.link(i))
+		a := p.addresses(i)
+		f[a.host], f[a.slot] = true, true
+	}
+	if err := p.deny(links...); err != nil {
+		return fmt.Errorf("closing the host's rules: %w", err)
+	}
+	if _, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
+		return fmt.Errorf("ending tracked connections: %w", err)
+	}
+	return nil
 }
 
 // addrFilter matches connections that one of the addresses is an end of.
-type addrFilter struct{ a [2]netip.Addr }
+type addrFilter map[netip.Addr]bool
 
 // MatchConntrackFlow implements the library's filter.
-func (f *addrFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+func (f addrFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	for _, t := range []netlink.IPTuple{flow.Forward, flow.Reverse} {
 		for _, ip := range [][]byte{t.SrcIP, t.DstIP} {
-			a, _ := netip.AddrFromSlice(ip)
-			if a = a.Unmap(); a == f.a[0] || a == f.a[1] {
+			if a, _ := netip.AddrFromSlice(ip); f[a.Unmap()] {
 				return true
 			}
 		}
@@ -484,10 +538,29 @@ func (f *addrFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	return false
 }
 
+// free makes indexes of removed slots usable again.
+func (p *Pool) free(indexes []int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, i := range indexes {
+		delete(p.slots, i)
+	}
+	p.tell()
+}
+
 func (p *Pool) mark(index int, s state) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.slots[index] = s
+	p.tell()
+}
+
+// tell lets those who wait for a slot look again. The caller holds the lock.
+func (p *Pool) tell() {
+	if p.changed != nil {
+		close(p.changed)
+		p.changed = nil
+	}
 }
 
 func (p *Pool) wake() {
@@ -505,14 +578,16 @@ func (p *Pool) fill(ctx context.Context) {
 	var last string
 	for {
 		p.mu.Lock()
-		var again []int
+		var again, gone []int
 		warm := 0
 		for i, s := range p.slots {
 			switch s {
 			case stuck:
 				p.slots[i] = leaving
 				again = append(again, i)
-			case ready, building:
+			case removed:
+				gone = append(gone, i)
+			case ready:
 				warm++
 			}
 		}
@@ -521,9 +596,17 @@ func (p *Pool) fill(ctx context.Context) {
 		for _, i := range again {
 			err = errors.Join(err, p.finish(i))
 		}
+		if e := p.forget(gone); e != nil {
+			err = errors.Join(err, fail("cleaning the host", e))
+		} else {
+			p.free(gone)
+		}
 		if err == nil && warm < p.warm() && ctx.Err() == nil {
 			var index int
-			if index, err = p.reserve(p.size()); err == nil {
+			p.mu.Lock()
+			index, err = p.reserve(warming)
+			p.mu.Unlock()
+			if err == nil {
 				if err = p.make(index, ready); err == nil {
 					continue
 				}

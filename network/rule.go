@@ -23,12 +23,12 @@ func rule(parts ...words) words {
 	return out
 }
 
-func cmp(op expr.CmpOp, data []byte) expr.Any {
+func compare(op expr.CmpOp, data []byte) expr.Any {
 	return &expr.Cmp{Op: op, Register: 1, Data: data}
 }
 
 func metaIs(key expr.MetaKey, op expr.CmpOp, data []byte) words {
-	return words{&expr.Meta{Key: key, Register: 1}, cmp(op, data)}
+	return words{&expr.Meta{Key: key, Register: 1}, compare(op, data)}
 }
 
 // A name without its final zero compares as a prefix.
@@ -57,7 +57,7 @@ func opening() words {
 	return append(tcp(),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
-		cmp(expr.CmpOpEq, []byte{0x02}))
+		compare(expr.CmpOpEq, []byte{0x02}))
 }
 
 // Offsets of the addresses in an IPv4 header.
@@ -70,11 +70,13 @@ func ipField(offset uint32) words {
 	return append(ipv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4})
 }
 
-func from(a netip.Addr) words { return append(ipField(sourceOffset), cmp(expr.CmpOpEq, a.AsSlice())) }
-func notFrom(a netip.Addr) words {
-	return append(ipField(sourceOffset), cmp(expr.CmpOpNeq, a.AsSlice()))
+func from(a netip.Addr) words {
+	return append(ipField(sourceOffset), compare(expr.CmpOpEq, a.AsSlice()))
 }
-func to(a netip.Addr) words { return append(ipField(destOffset), cmp(expr.CmpOpEq, a.AsSlice())) }
+func notFrom(a netip.Addr) words {
+	return append(ipField(sourceOffset), compare(expr.CmpOpNeq, a.AsSlice()))
+}
+func to(a netip.Addr) words { return append(ipField(destOffset), compare(expr.CmpOpEq, a.AsSlice())) }
 
 func fromPrefix(p netip.Prefix) words {
 	mask := make([]byte, 4)
@@ -83,7 +85,7 @@ func fromPrefix(p netip.Prefix) words {
 	}
 	return append(ipField(sourceOffset),
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
-		cmp(expr.CmpOpEq, p.Masked().Addr().AsSlice()))
+		compare(expr.CmpOpEq, p.Masked().Addr().AsSlice()))
 }
 
 func toSet(s *nftables.Set) words {
@@ -99,21 +101,21 @@ func iifNotIn(s *nftables.Set) words {
 // addresses as they are now.
 func toLocal() words {
 	return words{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
-		cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
+		compare(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
 }
 
 // spoofed matches a source address to which the way back does not lead through
 // the interface the packet came in by.
 func spoofed() words {
 	return words{&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true},
-		cmp(expr.CmpOpEq, []byte{0})}
+		compare(expr.CmpOpEq, []byte{0})}
 }
 
 func ctBits(key expr.CtKey, bits uint32) words {
 	return words{&expr.Ct{Key: key, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
 			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		cmp(expr.CmpOpNeq, make([]byte, 4))}
+		compare(expr.CmpOpNeq, make([]byte, 4))}
 }
 
 // known matches established and related packets.
@@ -121,12 +123,16 @@ func known() words {
 	return ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
 }
 
+// invalid matches packets that connection tracking makes no sense of, which
+// address translation passes by.
+func invalid() words { return ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID) }
+
 // isNew matches the first packet of a connection.
 func isNew() words { return ctBits(expr.CtKeySTATE, expr.CtStateBitNEW) }
 
 // answer matches packets that answer the side that opened the connection.
 func answer() words {
-	return append(known(), &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, cmp(expr.CmpOpEq, []byte{1}))
+	return append(known(), &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, compare(expr.CmpOpEq, []byte{1}))
 }
 
 // ipsDstNAT is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
@@ -167,7 +173,7 @@ func dnat(a netip.Addr) words {
 }
 
 // A table is a batch under construction: nothing of it is in force until
-// commit, and then all of it is, in place of what the table held before.
+// commit, and then all of it is.
 type table struct {
 	conn  *nftables.Conn
 	table *nftables.Table
@@ -177,7 +183,14 @@ type table struct {
 
 func newTable(c *nftables.Conn, name string) *table {
 	t := &table{conn: c, table: &nftables.Table{Name: name, Family: nftables.TableFamilyINet}}
-	c.AddTable(t.table) // so that the deletion finds one
+	c.AddTable(t.table)
+	return t
+}
+
+// insteadOf starts a table whose commit also removes what it held before. Only
+// where there may be such: a removal makes the kernel wait some milliseconds.
+func insteadOf(c *nftables.Conn, name string) *table {
+	t := newTable(c, name)
 	c.DelTable(t.table)
 	c.AddTable(t.table)
 	return t

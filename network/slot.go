@@ -2,7 +2,6 @@ package network
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -158,10 +157,10 @@ func (p *Pool) build(index int) error {
 		if err := b.innermost(inner); err != nil {
 			return fmt.Errorf("linking the guest to the router: %w", err)
 		}
-		if err := routerFirewall(rules, b.at, p.refused, Policy{AllowInternet: true}); err != nil {
+		if err := routerFirewall(rules, b.at, p.refused); err != nil {
 			return fmt.Errorf("loading the router's rules: %w", err)
 		}
-		if err := onHost(func() error { return p.allow(p.link(index), true) }); err != nil {
+		if err := onHost(func() error { return p.allow(p.link(index)) }); err != nil {
 			return fmt.Errorf("opening the host's rules: %w", err)
 		}
 		if err := b.prove(); err != nil {
@@ -287,39 +286,52 @@ func (b builder) prove() error {
 
 	answered := make(chan error, 1)
 	go func() { // on a thread of the host's namespace
+		defer guest.Close()
 		answered <- func() error {
 			c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.at.slot, port)))
 			if err != nil {
 				return err
 			}
 			defer c.Close()
-			c.SetDeadline(deadline)
-			if _, err := c.Write(ask); err != nil {
-				return err
-			}
 			got := make([]byte, 64)
-			n, err := c.Read(got)
-			if err != nil {
-				return fmt.Errorf("nothing came back from the guest's side: %w", err)
+			// A link just switched on loses packets until the kernel's worker
+			// has seen its carrier, so ask again.
+			for pause := time.Millisecond; ; pause *= 2 {
+				if _, err := c.Write(ask); err != nil {
+					return err
+				}
+				c.SetReadDeadline(time.Now().Add(pause))
+				n, err := c.Read(got)
+				switch {
+				case err == nil && bytes.Equal(got[:n], ask):
+					return nil
+				case err == nil:
+					return errors.New("something else came back from the guest's side")
+				case time.Now().After(deadline):
+					return fmt.Errorf("nothing came back from the guest's side: %w", err)
+				}
 			}
-			if !bytes.Equal(got[:n], ask) {
-				return errors.New("something else came back from the guest's side")
-			}
-			return nil
 		}()
 	}()
-	buf := make([]byte, 64)
-	n, peer, err := guest.ReadFromUDPAddrPort(buf)
-	if err == nil {
-		_, err = guest.WriteToUDPAddrPort(buf[:n], peer)
-	} else {
-		err = fmt.Errorf("nothing arrived at the guest's side (does a firewall of the host drop the output to %s?): %w", b.at.slot, err)
+	heard := false
+	for buf := make([]byte, 64); ; heard = true {
+		n, peer, err := guest.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			break // the host's side is done and has closed the socket, or time is up
+		}
+		if _, err := guest.WriteToUDPAddrPort(buf[:n], peer); err != nil {
+			break
+		}
 	}
-	return errors.Join(err, <-answered)
+	err = <-answered
+	if err != nil && !heard {
+		err = fmt.Errorf("nothing arrived at the guest's side (does a firewall of the host drop what goes to %s?): %w", b.at.slot, err)
+	}
+	return err
 }
 
-// setPolicy puts a policy in force in both halves of a slot's firewall.
-func (p *Pool) setPolicy(index int, policy Policy) error {
+// shut takes the internet from a slot, in both halves of its firewall.
+func (p *Pool) shut(index int) error {
 	f, err := os.Open(p.routerNS(index))
 	if err != nil {
 		return err
@@ -329,10 +341,10 @@ func (p *Pool) setPolicy(index int, policy Policy) error {
 	if err != nil {
 		return err
 	}
-	if err := routerFirewall(c, p.addresses(index), p.refused, policy); err != nil {
+	if err := closeRouter(c); err != nil {
 		return err
 	}
-	return p.allow(p.link(index), policy.AllowInternet)
+	return p.deny(p.link(index))
 }
 
 // whole reports what is missing of a slot that should be there.
@@ -361,7 +373,8 @@ func (p *Pool) whole(index int) error {
 // remove takes a slot off the host. The link goes first, so that from then on
 // nothing in the slot reaches anything; the namespaces' names go only when no
 // process is in them. It may be called on any remnant, any number of times.
-func (p *Pool) remove(_ context.Context, index int) error {
+// What the host remembers of the slot is for forget.
+func (p *Pool) remove(index int) error {
 	name := p.link(index)
 	if l, err := p.host.LinkByName(name); err == nil {
 		if err := p.host.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
@@ -369,9 +382,6 @@ func (p *Pool) remove(_ context.Context, index int) error {
 		}
 	} else if !errors.As(err, new(netlink.LinkNotFoundError)) {
 		return fmt.Errorf("looking for link %s: %w", name, err)
-	}
-	if err := p.allow(name, false); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("closing the host's rules for %s: %w", name, err)
 	}
 	router, inner := p.routerNS(index), p.innerNS(index)
 	pids, err := occupants(inodeOf(router), inodeOf(inner))
