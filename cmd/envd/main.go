@@ -1,0 +1,151 @@
+// Command envd is the daemon inside every sandbox; package envd says what it
+// does. PID 1, cmd/init, starts it and starts it again when it ends.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/cayhq/cay/envd"
+)
+
+// An idle sandbox should cost little, so the heap is kept small: collected
+// after growing by half, and the harder the nearer it comes to the limit. The
+// limit is soft: it slows a daemon with very many streams, and stops none.
+const (
+	gcPercent   = 50
+	memoryLimit = 24 << 20
+)
+
+const usage = `envd serves processes, files and watches of this sandbox.
+
+  envd [flags]
+
+Example, on a machine of your own:
+
+  envd -public 127.0.0.1:49983 -control 127.0.0.1:49982 -token-fd 3 3<<<secret
+
+Flags:
+`
+
+func main() {
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// options is the command line.
+type options struct {
+	public, control string
+	tokenFD         int
+	cgroup          string
+	build, instance string
+	system          bool
+	verbose         bool
+	version         bool
+}
+
+func parse(args []string, out io.Writer) (options, error) {
+	var o options
+	fs := flag.NewFlagSet("envd", flag.ContinueOnError)
+	fs.SetOutput(out)
+	fs.Usage = func() { fmt.Fprint(out, usage); fs.PrintDefaults() }
+	fs.StringVar(&o.public, "public", fmt.Sprintf("0.0.0.0:%d", envd.Port), "`address` that clients reach through the proxy")
+	fs.StringVar(&o.control, "control", fmt.Sprintf("0.0.0.0:%d", envd.ControlPort), "`address` that the node configures the sandbox by")
+	fs.IntVar(&o.tokenFD, "token-fd", -1, "`descriptor` to read the control token from; without one, nobody can use the control address")
+	fs.StringVar(&o.cgroup, "cgroup", "", "cgroup v2 `directory` that users' processes are put into")
+	fs.StringVar(&o.build, "build", "", "`ID` of the build that booted, for the node to compare")
+	fs.StringVar(&o.instance, "instance", "", "`ID` of this boot, for the node to compare")
+	fs.BoolVar(&o.system, "system", false, "let the node set this machine's host name and clock")
+	fs.BoolVar(&o.verbose, "verbose", false, "log more")
+	fs.BoolVar(&o.version, "version", false, "print the version of the protocol and exit")
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	}
+	return o, nil
+}
+
+// maxToken bounds what is read as a token.
+const maxToken = 4096
+
+// readToken reads the control token from a descriptor, which it closes. So the
+// token is in no environment and on no command line.
+func readToken(fd int) (string, error) {
+	if fd < 0 {
+		return "", nil
+	}
+	f := os.NewFile(uintptr(fd), "token")
+	if f == nil {
+		return "", fmt.Errorf("descriptor %d is not valid", fd)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxToken))
+	if err != nil {
+		return "", fmt.Errorf("reading the control token from descriptor %d: %w", fd, err)
+	}
+	token := strings.TrimSpace(string(b))
+	if token == "" {
+		return "", fmt.Errorf("descriptor %d holds no control token", fd)
+	}
+	return token, nil
+}
+
+// run is the whole program but for its exit: 0 after a signal, 1 after a
+// failure, 2 for a wrong command line.
+func run(ctx context.Context, args []string, out, errw io.Writer) int {
+	o, err := parse(args, errw)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		fmt.Fprintf(errw, "envd: %v; see envd -help\n", err)
+		return 2
+	case o.version:
+		fmt.Fprintln(out, envd.Version)
+		return 0
+	}
+	if err := serve(ctx, o, errw); err != nil {
+		fmt.Fprintln(errw, "envd:", err)
+		return 1
+	}
+	return 0
+}
+
+func serve(ctx context.Context, o options, errw io.Writer) error {
+	token, err := readToken(o.tokenFD)
+	if err != nil {
+		return err
+	}
+	var lc net.ListenConfig
+	public, err := lc.Listen(ctx, "tcp", o.public)
+	if err != nil {
+		return fmt.Errorf("opening the public port: %w", err)
+	}
+	control, err := lc.Listen(ctx, "tcp", o.control)
+	if err != nil {
+		public.Close()
+		return fmt.Errorf("opening the control port: %w", err)
+	}
+	level := slog.LevelInfo
+	if o.verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
+	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, System: o.system})
+	return s.Run(ctx, public, control)
+}

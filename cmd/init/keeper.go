@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pauses before envd is started again: short at first, since every client is
+// waiting, and longer while it fails at once. After a life of calm it has
+// earned the short one again.
+const (
+	firstPause = 50 * time.Millisecond
+	lastPause  = 5 * time.Second
+	calm       = time.Minute
+	reapEvery  = 50 * time.Millisecond
+)
+
+func nextPause(last, lived time.Duration) time.Duration {
+	if last == 0 || lived >= calm {
+		return firstPause
+	}
+	return min(2*last, lastPause)
+}
+
+// keeper keeps envd running. It has one thread of work, so that nobody else
+// waits for children: each wait is for all of them, and envd's own end is
+// recognised by its number.
+type keeper struct {
+	path  string
+	args  []string
+	env   []string
+	token string
+	now   func() time.Time
+	sleep func(time.Duration)
+
+	pause time.Duration
+	ends  int
+}
+
+// once starts envd, returns after it has ended and the pause after that, and
+// reaps all the while.
+func (k *keeper) once() {
+	began := k.now()
+	why := ""
+	pid, err := k.start()
+	if err != nil {
+		why = "envd cannot be started: " + err.Error()
+	} else {
+		why = "envd ended: " + describe(reapUntil(pid))
+	}
+	k.ends++
+	lived := k.now().Sub(began)
+	k.pause = nextPause(k.pause, lived)
+	say("%s after %s; starting it again in %s (end %d); processes of users go on", why, lived.Round(time.Millisecond), k.pause, k.ends)
+	for until := k.now().Add(k.pause); k.now().Before(until); {
+		reap(unix.WNOHANG)
+		k.sleep(min(reapEvery, k.pause))
+	}
+}
+
+// start starts envd. The token goes through a pipe, which has room for it: so
+// it is in no environment.
+func (k *keeper) start() (int, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, fmt.Errorf("opening the standard input: %w", err)
+	}
+	defer null.Close()
+	rd, wr, err := os.Pipe()
+	if err != nil {
+		return 0, fmt.Errorf("making a pipe for the token: %w", err)
+	}
+	defer rd.Close()
+	_, err = wr.WriteString(k.token)
+	wr.Close()
+	if err != nil {
+		return 0, fmt.Errorf("passing the token: %w", err)
+	}
+	args := k.args
+	files := []uintptr{null.Fd(), 1, 2}
+	if k.token != "" {
+		files = append(files, rd.Fd())
+	}
+	// Not os.StartProcess: it waits for children of its own, which reaping
+	// would take away.
+	pid, err := syscall.ForkExec(k.path, args, &syscall.ProcAttr{
+		Dir: "/", Env: k.env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return 0, fmt.Errorf("executing %s: %w", k.path, err)
+	}
+	return pid, nil
+}
+
+// reapUntil waits for children until a certain one ends.
+func reapUntil(pid int) syscall.WaitStatus {
+	for {
+		got, st, err := reap(0)
+		switch {
+		case got == pid:
+			return st
+		case err == unix.ECHILD:
+			return 0 // not ours any more; cannot happen while only we wait
+		}
+	}
+}
+
+// reap takes one ended child, or with WNOHANG all there are.
+func reap(options int) (pid int, st syscall.WaitStatus, err error) {
+	for {
+		pid, err = syscall.Wait4(-1, &st, options, nil)
+		if err == unix.EINTR || options == unix.WNOHANG && pid > 0 {
+			continue
+		}
+		return pid, st, err
+	}
+}
+
+// describe says how a process ended.
+func describe(st syscall.WaitStatus) string {
+	switch {
+	case st.Signaled() && st.Signal() == unix.SIGKILL:
+		return "signal: killed (by the kernel for lack of memory, or by root)"
+	case st.Signaled():
+		return "signal: " + st.Signal().String()
+	default:
+		return fmt.Sprintf("exit status %d", st.ExitStatus())
+	}
+}
