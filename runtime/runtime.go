@@ -52,6 +52,7 @@ type State string
 const (
 	Created State = "created" // the engine is up, the guest has not run yet
 	Running State = "running"
+	Frozen  State = "frozen" // running, with every task of the guest stopped
 	Exited  State = "exited"
 )
 
@@ -114,6 +115,28 @@ type Runtime interface {
 	// Start runs the guest of a created instance. A failed Start leaves the
 	// instance for Kill.
 	Start(ctx context.Context, id InstanceID) error
+
+	// Freeze stops every task of a running guest at one instant, and Thaw lets
+	// them go on. Neither minds repetition. A frozen guest holds its memory and
+	// its connections, and can be killed. Another state is cay.CodeConflict.
+	Freeze(ctx context.Context, id InstanceID) error
+	Thaw(ctx context.Context, id InstanceID) error
+
+	// Checkpoint writes the memory of a frozen guest into dir, an empty
+	// directory of the caller's. The guest stays frozen, also after an error,
+	// which is cay.CodeCheckpointFailed or cay.CodeDiskFull. What the guest
+	// wrote to its root directory is not in it: the caller keeps the directory
+	// as it was while the guest was frozen.
+	Checkpoint(ctx context.Context, id InstanceID, dir string) error
+
+	// Restore runs a guest from a checkpoint, in place of Start. The instance's
+	// spec must be that of the checkpointed guest; ID, RootFS, NetNS, Env,
+	// Hostname, Limits and Labels may differ. The directory is only read, so
+	// that many instances may be restored from one; it must stay until Restore
+	// has returned. A checkpoint of another engine version is
+	// cay.CodeSnapshotIncompatible. A failed Restore leaves the instance for
+	// Kill.
+	Restore(ctx context.Context, id InstanceID, dir string) error
 
 	// Kill ends an instance and returns when its processes are gone and its
 	// mounts, cgroups and files released. Unknown IDs and repeated calls are

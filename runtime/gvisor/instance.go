@@ -64,8 +64,11 @@ func (i *instance) snapshot() runtime.Instance {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	r := runtime.Instance{ID: i.rec.ID, PID: i.rec.Sentry.PID, State: i.rec.State, CreatedAt: i.rec.CreatedAt, Labels: i.rec.Labels}
-	if r.State == creating {
+	switch r.State {
+	case creating:
 		r.State = runtime.Created
+	case freezing, thawing:
+		r.State = runtime.Frozen // until it is known better: a thaw finds out
 	}
 	if i.rec.Exit != nil {
 		e := *i.rec.Exit
@@ -451,7 +454,13 @@ func (i *instance) adopt() bool {
 		}
 	}
 	i.watch()
-	if i.rec.State == runtime.Running {
+	switch i.rec.State {
+	case freezing, thawing:
+		if err := i.settle(); err != nil {
+			i.log.Warn("whether an adopted guest is frozen could not be found out", "err", err)
+		}
+		i.ask()
+	case runtime.Running, runtime.Frozen:
 		i.ask()
 	}
 	return true

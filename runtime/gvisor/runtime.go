@@ -327,12 +327,21 @@ func (r *Runtime) Create(ctx context.Context, s runtime.Spec) error {
 
 // Start implements [runtime.Runtime].
 func (r *Runtime) Start(ctx context.Context, id runtime.InstanceID) error {
-	return r.call(ctx, http.MethodPost, withID(pathStart, id), nil, nil)
+	return r.post1(ctx, pathStart, id, "")
+}
+
+// post1 asks the supervisor to do something with one instance.
+func (r *Runtime) post1(ctx context.Context, path string, id runtime.InstanceID, dir string) error {
+	q := url.Values{"id": {string(id)}}
+	if dir != "" {
+		q.Set("dir", dir)
+	}
+	return r.call(ctx, http.MethodPost, path+"?"+q.Encode(), nil, nil)
 }
 
 // Kill implements [runtime.Runtime].
 func (r *Runtime) Kill(ctx context.Context, id runtime.InstanceID) error {
-	return r.call(ctx, http.MethodPost, withID(pathKill, id), nil, nil)
+	return r.post1(ctx, pathKill, id, "")
 }
 
 // Instances implements [runtime.Runtime].

@@ -345,25 +345,6 @@ func (s *Supervisor) get(id runtime.InstanceID) (*instance, error) {
 	return nil, notFound(id)
 }
 
-func (s *Supervisor) start(_ context.Context, id runtime.InstanceID) error {
-	i, err := s.get(id)
-	if err != nil {
-		return err
-	}
-	i.op.Lock()
-	defer i.op.Unlock()
-	began := s.now()
-	if err := i.start(); err != nil {
-		var typed *cay.Error
-		if errors.As(err, &typed) {
-			return err
-		}
-		return &cay.Error{Code: cay.CodeEngineFailed, Layer: cay.LayerRuntime, Message: "the guest of instance " + string(id) + " could not be started", Err: err}
-	}
-	i.log.Info("instance started", "took", s.now().Sub(began))
-	return nil
-}
-
 func (s *Supervisor) kill(ctx context.Context, id runtime.InstanceID) error {
 	i, err := s.get(id)
 	if err != nil {
@@ -495,9 +476,18 @@ func (s *Supervisor) handler() http.Handler {
 		}
 		return s.create(ctx, spec)
 	}))
-	mux.HandleFunc("POST "+pathStart, act(func(ctx context.Context, r *http.Request) error {
-		return s.start(ctx, runtime.InstanceID(r.URL.Query().Get("id")))
-	}))
+	// Once begun, these are carried through, whatever becomes of the asker.
+	each := func(path, what string, f func(i *instance, dir string) error) {
+		mux.HandleFunc("POST "+path, act(func(_ context.Context, r *http.Request) error {
+			q := r.URL.Query()
+			return s.with(runtime.InstanceID(q.Get("id")), what, func(i *instance) error { return f(i, q.Get("dir")) })
+		}))
+	}
+	each(pathStart, "started", func(i *instance, _ string) error { return i.start() })
+	each(pathFreeze, "frozen", func(i *instance, _ string) error { return i.freeze() })
+	each(pathThaw, "thawed", func(i *instance, _ string) error { return i.thaw() })
+	each(pathCheckpoint, "checkpointed", (*instance).checkpoint)
+	each(pathRestore, "restored", (*instance).restore)
 	mux.HandleFunc("POST "+pathKill, act(func(ctx context.Context, r *http.Request) error {
 		// A kill once asked for is carried through, whatever becomes of the asker.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), waitEnd)

@@ -13,21 +13,25 @@ import (
 // Protocol is the number of the protocol between server and supervisor. It
 // rises when an older peer would misunderstand a newer one; GET /hello and
 // POST /leave keep their meaning for ever, so that any two can part.
-const Protocol = 1
+const Protocol = 2
 
 // The paths of the supervisor's API. Everything is JSON.
 const (
-	pathHello     = "/hello"     // GET → hello
-	pathLeave     = "/leave"     // POST: end, leaving the guests to a successor
-	pathCreate    = "/create"    // POST runtime.Spec
-	pathStart     = "/start"     // POST ?id=
-	pathKill      = "/kill"      // POST ?id=
-	pathInstances = "/instances" // GET → []runtime.Instance
-	pathInstance  = "/instance"  // GET ?id= → runtime.Instance
-	pathExits     = "/exits"     // GET ?epoch=&after= → exits; waits for news
-	pathConsole   = "/console"   // GET ?id= → consoleAnswer
-	pathStats     = "/stats"     // GET ?id= → runtime.Stats
-	pathShutdown  = "/shutdown"  // POST: end every guest, then end
+	pathHello      = "/hello"      // GET → hello
+	pathLeave      = "/leave"      // POST: end, leaving the guests to a successor
+	pathCreate     = "/create"     // POST runtime.Spec
+	pathStart      = "/start"      // POST ?id=
+	pathFreeze     = "/freeze"     // POST ?id=
+	pathThaw       = "/thaw"       // POST ?id=
+	pathCheckpoint = "/checkpoint" // POST ?id=&dir=
+	pathRestore    = "/restore"    // POST ?id=&dir=
+	pathKill       = "/kill"       // POST ?id=
+	pathInstances  = "/instances"  // GET → []runtime.Instance
+	pathInstance   = "/instance"   // GET ?id= → runtime.Instance
+	pathExits      = "/exits"      // GET ?epoch=&after= → exits; waits for news
+	pathConsole    = "/console"    // GET ?id= → consoleAnswer
+	pathStats      = "/stats"      // GET ?id= → runtime.Stats
+	pathShutdown   = "/shutdown"   // POST: end every guest, then end
 )
 
 // hello says who answers.

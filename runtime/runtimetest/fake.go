@@ -37,11 +37,15 @@ type Fake struct {
 	// ends when the guest's Done is closed. Nil does nothing until the kill.
 	Body func(*Guest)
 
-	OnOpen      func(ctx context.Context) error
-	OnCreate    func(ctx context.Context, s runtime.Spec) error
-	OnStart     func(ctx context.Context, id runtime.InstanceID) error
-	OnKill      func(ctx context.Context, id runtime.InstanceID) error
-	OnInstances func(ctx context.Context) error
+	OnOpen       func(ctx context.Context) error
+	OnCreate     func(ctx context.Context, s runtime.Spec) error
+	OnStart      func(ctx context.Context, id runtime.InstanceID) error
+	OnKill       func(ctx context.Context, id runtime.InstanceID) error
+	OnInstances  func(ctx context.Context) error
+	OnFreeze     func(ctx context.Context, id runtime.InstanceID) error
+	OnThaw       func(ctx context.Context, id runtime.InstanceID) error
+	OnCheckpoint func(ctx context.Context, id runtime.InstanceID, dir string) error
+	OnRestore    func(ctx context.Context, id runtime.InstanceID, dir string) error
 
 	once sync.Once
 	own  Machine
@@ -63,6 +67,39 @@ type Guest struct {
 	state   runtime.Instance
 	console []cay.ConsoleLine
 	kept    int // bytes in console
+	memory  string
+	thawed  chan struct{} // closed on thaw; nil while not frozen
+}
+
+// Memory is what a checkpoint keeps of the guest.
+func (g *Guest) Memory() string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.memory
+}
+
+// SetMemory changes it. While the guest is frozen it waits, as everything a
+// guest does.
+func (g *Guest) SetMemory(text string) {
+	g.run()
+	defer g.mu.Unlock()
+	g.memory = text
+}
+
+// run waits until the guest may run, or has ended, and returns with g.mu held.
+func (g *Guest) run() {
+	for {
+		g.mu.Lock()
+		thawed := g.thawed
+		if thawed == nil || g.state.Exit != nil {
+			return
+		}
+		g.mu.Unlock()
+		select {
+		case <-thawed:
+		case <-g.Done:
+		}
+	}
 }
 
 // consoleMax is what the contract lets a runtime keep of a console.
@@ -70,7 +107,7 @@ const consoleMax = 1 << 20
 
 // Print writes a line to the guest's console.
 func (g *Guest) Print(text string) {
-	g.mu.Lock()
+	g.run()
 	defer g.mu.Unlock()
 	g.console = append(g.console, cay.ConsoleLine{At: g.now().UTC(), Text: text})
 	for g.kept += len(text); g.kept > consoleMax; g.console = g.console[1:] {

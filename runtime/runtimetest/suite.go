@@ -84,7 +84,11 @@ func Script(g *Guest) {
 		}
 		every(10*time.Millisecond, func(int) { g.Print("after flood") })
 	case "tick":
-		every(10*time.Millisecond, func(n int) { g.Print(fmt.Sprint("tick ", n)) })
+		begin, _ := strconv.Atoi(g.Memory()) // of a checkpoint; else 0
+		every(10*time.Millisecond, func(n int) {
+			g.SetMemory(strconv.Itoa(begin + n + 1))
+			g.Print(fmt.Sprint("tick ", begin+n))
+		})
 	case "memory":
 		if int64(number(0)) > g.Spec.Limits.MemoryBytes {
 			g.End(runtime.Exit{Reason: cay.EndOOM, Code: 137, Message: "out of memory"})
@@ -117,6 +121,10 @@ func Run(t *testing.T, newFixture func(t *testing.T) *Fixture) {
 		{"Stats", testStats},
 		{"OutOfMemory", testOutOfMemory},
 		{"CancelledCreate", testCancelledCreate},
+		{"Freeze", testFreeze},
+		{"Checkpoint", testCheckpoint},
+		{"CheckpointRefusals", testCheckpointRefusals},
+		{"FrozenOverCrash", testFrozenOverCrash},
 		{"Parallel", testParallel},
 		{"Adopt", testAdopt},
 		{"WaitOverCrash", testWaitOverCrash},
