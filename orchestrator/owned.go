@@ -1,0 +1,44 @@
+package orchestrator
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Owned returns what the records in dir name: executions, which are also the
+// names of engine instances and disks, and network slots. It only reads, so it
+// may run beside an orchestrator, and needs none. A record that cannot be read
+// is in the error; the rest is returned with it.
+func Owned(dir string) (executions []string, slots []int, err error) {
+	paths, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the node's records: %w", err)
+	}
+	var errs []error
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the sandbox has just ended
+		}
+		var r record
+		if err == nil {
+			err = json.Unmarshal(b, &r)
+		}
+		if err == nil && r.Format != recordFormat {
+			err = fmt.Errorf("it has format %d, not %d", r.Format, recordFormat)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reading the record %s: %w", filepath.Base(path), err))
+			continue
+		}
+		executions = append(executions, string(r.Execution))
+		if r.Slot >= 0 {
+			slots = append(slots, r.Slot)
+		}
+	}
+	return executions, slots, errors.Join(errs...)
+}
