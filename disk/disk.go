@@ -95,6 +95,9 @@ type Spec struct {
 	Layers []Layer
 	// SizeMB is how many MiB the guest may write.
 	SizeMB int
+	// From names a saved disk that the new one begins as; its size and layers
+	// must be the same. Empty begins with nothing written.
+	From string
 }
 
 // Root is a mounted, writable root directory.
@@ -161,10 +164,13 @@ func (d *Disks) Open(ctx context.Context) error {
 	if err := d.openPool(ctx); err != nil {
 		return err
 	}
-	for _, sub := range []string{blankDir, imageDir} {
+	for _, sub := range []string{blankDir, imageDir, savedDir} {
 		if err := os.MkdirAll(d.path(poolDir, sub), 0o700); err != nil {
 			return hostError("make the pool directory", d.path(poolDir, sub), err)
 		}
+	}
+	if err := d.dropHalfSaved(); err != nil {
+		return err
 	}
 	ids, err := d.list()
 	if err != nil {
@@ -226,7 +232,7 @@ func (d *Disks) Create(ctx context.Context, s Spec) (Root, error) {
 	}
 	unlock := d.locks.lock(s.ID)
 	defer unlock()
-	if a != nil {
+	if a != nil && s.From == "" {
 		root, ok := a.take(s)
 		if ok {
 			return root, nil
@@ -245,6 +251,11 @@ func checkSpec(s Spec) error {
 	}
 	if s.SizeMB < minSizeMB {
 		return bad("a disk of %d MiB is too small: the least is %d", s.SizeMB, minSizeMB)
+	}
+	if s.From != "" {
+		if err := checkSavedName(s.From); err != nil {
+			return err
+		}
 	}
 	if len(s.Layers) == 0 {
 		return bad("a root directory needs at least one layer")
@@ -286,14 +297,23 @@ func (d *Disks) make(ctx context.Context, s Spec) (root Root, err error) {
 		{"make the mount points", func() error {
 			return errors.Join(os.Mkdir(fsDir, 0o700), os.Mkdir(rootDir, 0o755))
 		}},
-		{"clone the blank image", func() error {
-			blank, err := d.blank(ctx, s.SizeMB)
+		{"clone the image", func() error {
+			from, err := d.savedFile(s.From), error(nil)
+			if s.From == "" {
+				from, err = d.blank(ctx, s.SizeMB)
+			}
 			if err != nil {
 				return err
 			}
-			return cloneFile(img, blank)
+			return cloneFile(img, from)
 		}},
 		{"mount the image", func() error { return mountExt4(img, fsDir) }},
+		{"forget the volatile mark", func() error {
+			if s.From == "" {
+				return nil
+			}
+			return forgetVolatile(fsDir)
+		}},
 		{"mount the overlay", func() error { return mountOverlay(rootDir, lowers, fsDir) }},
 	} {
 		if err := ctx.Err(); err != nil {

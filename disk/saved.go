@@ -1,0 +1,183 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay"
+)
+
+// savedDir holds saved disks, in the pool: <name>.img.
+const savedDir = "saved"
+
+// Saved is a disk as it was at one instant.
+type Saved struct {
+	File      string // the image
+	SizeBytes int64  // of the file, holes included
+}
+
+func (d *Disks) savedFile(name string) string { return d.path(poolDir, savedDir, name+".img") }
+
+func checkSavedName(name string) error {
+	if validID.MatchString(name) {
+		return nil
+	}
+	return &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerStorage,
+		Message: fmt.Sprintf("the name %q of a saved disk is malformed", name), Fix: "this is a defect of the caller; report it"}
+}
+
+// Save keeps what a disk holds under a name, beside the disk, which stays as
+// it is. Nothing may write to the disk meanwhile: the guest is frozen, or gone.
+// After a nil return the saved disk survives a power cut; after an error there
+// is none, or that of an earlier Save of the name. Where the pool clones files
+// the cost is that of what was not written back yet; see [Capabilities].
+//
+// An unknown disk is cay.CodeNotFound; a full pool cay.CodeDiskFull.
+func (d *Disks) Save(ctx context.Context, id, name string) (Saved, error) {
+	if err := checkSavedName(name); err != nil {
+		return Saved{}, err
+	}
+	if _, err := d.isOpen(); err != nil {
+		return Saved{}, err
+	}
+	unlock := d.locks.lock(id)
+	defer unlock()
+	img, fsDir := d.imageFile(id), d.path(disksDir, id, fsName)
+	mounted, err := isMountPoint(fsDir)
+	if err != nil {
+		return Saved{}, diskError("look at disk "+id, err)
+	}
+	if !mounted {
+		return Saved{}, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
+			Message: "no disk " + id + " is mounted", Fix: "this is a defect of the caller; report it"}
+	}
+	file := d.savedFile(name)
+	tmp := file + ".new"
+	defer os.Remove(tmp) // gone after the rename
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"write back", func() error { return syncDisk(fsDir) }},
+		{"clone the image", func() error {
+			if err := removeIfThere(tmp); err != nil {
+				return err
+			}
+			return cloneFile(tmp, img)
+		}},
+		{"publish", func() error { return publish(tmp, file) }},
+	} {
+		if err := ctx.Err(); err != nil {
+			return Saved{}, err
+		}
+		if err := d.step("save: " + step.name); err != nil {
+			return Saved{}, diskError(step.name+" of disk "+id, err)
+		}
+		if err := step.do(); err != nil {
+			return Saved{}, diskError(step.name+" of disk "+id, err)
+		}
+	}
+	return d.FindSaved(name)
+}
+
+// syncDisk writes back everything of the file system mounted at dir, and
+// reports an error of an earlier write that nobody was told of.
+func syncDisk(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
+}
+
+// Flush begins to write back what a disk holds, so that a Save soon after has
+// little left to do. The guest may run.
+func (d *Disks) Flush(id string) error {
+	fsDir := d.path(disksDir, id, fsName)
+	mounted, err := isMountPoint(fsDir)
+	if err != nil || !mounted {
+		return err
+	}
+	if err := syncDisk(fsDir); err != nil {
+		return diskError("write back disk "+id, err)
+	}
+	return nil
+}
+
+// FindSaved returns a saved disk; an unknown one is cay.CodeObjectMissing.
+func (d *Disks) FindSaved(name string) (Saved, error) {
+	if err := checkSavedName(name); err != nil {
+		return Saved{}, err
+	}
+	file := d.savedFile(name)
+	fi, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Saved{}, &cay.Error{Code: cay.CodeObjectMissing, Layer: cay.LayerStorage,
+			Message: "the saved disk " + name + " is missing", Fix: "restore it from a backup",
+			Detail: map[string]string{"path": file}, Err: err}
+	}
+	if err != nil {
+		return Saved{}, hostError("look at the saved disk", file, err)
+	}
+	return Saved{File: file, SizeBytes: fi.Size()}, nil
+}
+
+// ListSaved returns the names of the saved disks, sorted.
+func (d *Disks) ListSaved(ctx context.Context) ([]string, error) {
+	if _, err := d.isOpen(); err != nil {
+		return nil, err
+	}
+	files, err := os.ReadDir(d.path(poolDir, savedDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, hostError("read the saved disks", d.path(poolDir, savedDir), err)
+	}
+	var names []string
+	for _, f := range files {
+		if name, ok := strings.CutSuffix(f.Name(), ".img"); ok && validID.MatchString(name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names, ctx.Err()
+}
+
+// RemoveSaved removes a saved disk; an unknown one is no error. Disks that were
+// made from it keep what they hold.
+func (d *Disks) RemoveSaved(_ context.Context, name string) error {
+	if err := checkSavedName(name); err != nil {
+		return err
+	}
+	if err := removeIfThere(d.savedFile(name)); err != nil {
+		return diskError("remove the saved disk "+name, err)
+	}
+	return nil
+}
+
+// dropHalfSaved removes what a crash left of a Save.
+func (d *Disks) dropHalfSaved() error {
+	half, err := filepath.Glob(d.path(poolDir, savedDir, "*.img.new"))
+	if err != nil {
+		return err
+	}
+	for _, f := range half {
+		if err := removeIfThere(f); err != nil {
+			return hostError("remove half of a saved disk", f, err)
+		}
+	}
+	return nil
+}
+
+// forgetVolatile removes the mark by which the kernel refuses a second mount of
+// a volatile overlay: it stands for data that may be lost in a crash, and a
+// saved disk was written back before it was cloned.
+func forgetVolatile(fsDir string) error {
+	return os.RemoveAll(filepath.Join(fsDir, workName, "work", "incompat"))
+}
