@@ -15,11 +15,20 @@ import (
 // Store keeps the record.
 //
 // Every method is safe for concurrent use and atomic: after a nil return the
-// change survives a kill -9 of the process, after an error nothing changed.
+// change survives a kill -9 of the process, after an error nothing changed. It
+// also survives a loss of power, but for three that tell a client nothing yet:
+// AddSandbox (the update that follows it makes both last), TouchKey and
+// PruneSandboxes.
+//
 // Methods that take a team see that team's objects only: another team's object
-// is the same error as an absent one. Instants are kept to the microsecond in
-// UTC. Errors are *cay.Error; a full disk is cay.CodeDiskFull, a store that
-// does not answer is cay.CodeStoreUnavailable, never "not found".
+// is the same error as an absent one. An object for a team that does not exist
+// is cay.CodeNotFound. Instants are kept to the microsecond in UTC, later
+// digits are cut off. An empty map or slice comes back as nil. A list's
+// limit of 0 is all.
+//
+// Errors are *cay.Error; a full disk is cay.CodeDiskFull, a store that does not
+// answer, or a context that ends, is cay.CodeStoreUnavailable, never "not
+// found".
 type Store interface {
 	// Open connects and brings the schema to this build's version. A schema
 	// of a newer build is cay.CodeDataDirInvalid and stays untouched.
@@ -35,7 +44,8 @@ type Store interface {
 
 // Teams are the tenants.
 type Teams interface {
-	// PutTeam inserts a team, or replaces its name, slug and limits.
+	// PutTeam inserts a team, or replaces its name, slug and limits. A slug
+	// that another team has is cay.CodeConflict.
 	PutTeam(ctx context.Context, t cay.Team) error
 	// Team returns a team; an unknown one is cay.CodeNotFound.
 	Team(ctx context.Context, id cay.TeamID) (cay.Team, error)
@@ -75,8 +85,8 @@ type Keys interface {
 	RenameKey(ctx context.Context, team cay.TeamID, id KeyID, name string) error
 	// DeleteKey removes a key for good; an unknown one is cay.CodeKeyNotFound.
 	DeleteKey(ctx context.Context, team cay.TeamID, id KeyID) error
-	// TouchKey records a use. It may be late or lost; an unknown key is no
-	// error.
+	// TouchKey records a use, if it is later than the one recorded. It may be
+	// late or lost; an unknown key is no error.
 	TouchKey(ctx context.Context, id KeyID, at time.Time) error
 }
 
@@ -92,7 +102,8 @@ type Template struct {
 	Public    bool // other teams may use it
 	CreatedAt time.Time
 	UpdatedAt time.Time
-	// LastSpawnedAt is when a sandbox was last made of it; zero: never.
+	// LastSpawnedAt is when a sandbox was last made of it, SpawnCount how often;
+	// AddSandbox counts. Zero: never.
 	LastSpawnedAt time.Time
 	SpawnCount    int64
 	BuildCount    int64
@@ -123,19 +134,23 @@ type TemplateRef struct {
 type Templates interface {
 	// PublishBuild makes a finished build the one of the template's default
 	// tag, making the template if the team has none of that name. The
-	// manifest's template ID is used for a new template; an existing one keeps
-	// its ID, which is returned.
+	// manifest's template ID and public are used for a new template; an
+	// existing one keeps its own, and its ID is returned. Publishing the
+	// current build again changes nothing. A build or template ID that belongs
+	// to another template is cay.CodeConflict.
 	PublishBuild(ctx context.Context, team cay.TeamID, public bool, m cay.Manifest) (cay.TemplateID, error)
-	// FindTemplate resolves a reference for a team: its own name or ID first,
-	// then public ones. Current is the build of the reference's tag. Nothing
-	// found, or only another team's private template, is
-	// cay.CodeTemplateNotFound.
+	// FindTemplate resolves a reference for a team: its own templates before
+	// public ones, an ID before a name, the oldest of public namesakes. Current
+	// is the build of the reference's tag. Nothing found, only another team's
+	// private template, or no such tag is cay.CodeTemplateNotFound.
 	FindTemplate(ctx context.Context, team cay.TeamID, ref TemplateRef) (Template, error)
 	// TemplateExists reports whether any team has a template that the
-	// reference names, so that "not yours" can be told from "not there".
+	// reference names, with its tag, so that "not yours" can be told from "not
+	// there".
 	TemplateExists(ctx context.Context, ref TemplateRef) (bool, error)
 	// ListTemplates returns a team's templates and the public ones, newest
-	// first, at most limit beginning after the cursor.
+	// first by CreatedAt, at most limit beginning after the cursor. Current is
+	// the build of the default tag.
 	ListTemplates(ctx context.Context, team cay.TeamID, after Cursor, limit int) ([]Template, error)
 	// ListBuilds returns a template's builds, newest first.
 	ListBuilds(ctx context.Context, id cay.TemplateID, after Cursor, limit int) ([]Build, error)
@@ -148,8 +163,9 @@ type Templates interface {
 	DeleteTemplate(ctx context.Context, team cay.TeamID, id cay.TemplateID) error
 }
 
-// Cursor is a place in a list ordered by time and then ID. The zero value is
-// the beginning.
+// Cursor is a place in a list ordered by time and then ID, both in the list's
+// direction: the time and ID of the last object seen. The zero value is the
+// beginning. The object need not exist any more.
 type Cursor struct {
 	At time.Time
 	ID string
@@ -178,13 +194,14 @@ type Sandbox struct {
 	Options []byte
 
 	CreatedAt time.Time
-	StartedAt time.Time // CreatedAt until it runs
+	StartedAt time.Time // CreatedAt until it runs; orders lists
 	// Deadline is when the sandbox ends by itself.
 	Deadline time.Time
 	// MaxDeadline is the latest deadline that the team's limits allow.
 	MaxDeadline time.Time
 
-	EndedAt    time.Time // zero while it lives
+	// EndedAt and EndReason are set when State is cay.StateEnded, and only then.
+	EndedAt    time.Time
 	EndReason  cay.EndReason
 	EndMessage string
 }
@@ -192,33 +209,39 @@ type Sandbox struct {
 // SandboxFilter selects live sandboxes.
 type SandboxFilter struct {
 	Team     cay.TeamID // empty: every team, for operators
-	States   []cay.SandboxState
+	States   []cay.SandboxState // empty: every one
 	Metadata map[string]string // every pair must match
 	Template cay.TemplateID    // empty: any
 	// StartedAfter is inclusive; zero: any.
 	StartedAfter time.Time
 	Ascending    bool // by StartedAt; default newest first
 	After        Cursor
-	Limit        int // at most this many; 0 is all
+	Limit        int
 }
 
 // Sandboxes are what was promised to clients.
 type Sandboxes interface {
-	// AddSandbox records a new sandbox. If the team has limit live sandboxes
-	// already, the error is cay.CodeTooManySandboxes; count and insert are one
-	// step. The same ID twice is cay.CodeConflict.
+	// AddSandbox records a new sandbox. If limit of the team's sandboxes are
+	// starting, running or being killed already, the error is
+	// cay.CodeTooManySandboxes; count and insert are one step, and a limit of 0
+	// allows none. The same ID twice is cay.CodeConflict; a template that lacks
+	// the build, or is gone, is cay.CodeTemplateNotFound.
 	AddSandbox(ctx context.Context, s Sandbox, limit int) error
 	// FindSandbox returns the record, also of an ended sandbox, until it is
 	// pruned. An empty team finds any team's. An unknown one is
 	// cay.CodeSandboxNotFound.
 	FindSandbox(ctx context.Context, team cay.TeamID, id cay.SandboxID) (Sandbox, error)
-	// UpdateSandbox reads the record, lets change alter it, and writes it, in
-	// one step. An error of change is returned as it is, and nothing is
-	// written. change must not use the store.
+	// UpdateSandbox reads the record, lets change alter it, writes it and
+	// returns what it wrote, in one step. An error of change is returned as it
+	// is, and nothing is written. change must be quick, must not use the store,
+	// and leaves ID, Team, Template, Alias, Build and CreatedAt alone. The
+	// record of an ended sandbox is final: an alteration is cay.CodeConflict.
+	// An unknown sandbox is cay.CodeSandboxNotFound.
 	UpdateSandbox(ctx context.Context, id cay.SandboxID, change func(*Sandbox) error) (Sandbox, error)
-	// ListSandboxes returns live (not ended) sandboxes.
+	// ListSandboxes returns live (not ended) sandboxes, ordered by StartedAt.
 	ListSandboxes(ctx context.Context, f SandboxFilter) ([]Sandbox, error)
-	// CountSandboxes returns how many sandboxes in the states a team has.
+	// CountSandboxes returns how many sandboxes in the states a team has; no
+	// state is every live one, an empty team every team.
 	CountSandboxes(ctx context.Context, team cay.TeamID, states ...cay.SandboxState) (int, error)
 	// PruneSandboxes removes the records of sandboxes that ended before t, and
 	// returns how many.
