@@ -85,7 +85,7 @@ lint: deps .cache/golangci-lint ## the linters of .golangci.yml
 .cache/golangci-lint: tools/golangci-lint/go.mod tools/golangci-lint/go.sum
 	@echo "building golangci-lint: once, a few minutes"
 	@mkdir -p .cache
-	@$(GO_BUILD) -C tools/golangci-lint -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@go build -C tools/golangci-lint -trimpath -buildvcs=false -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
 .PHONY: bench

@@ -1,0 +1,150 @@
+package lint
+
+// Kind says what a package is, and so what it may import.
+type Kind string
+
+// The kinds.
+const (
+	Root      Kind = "root"      // the vocabulary: standard library only
+	Contract  Kind = "contract"  // an interface: the root only
+	Suite     Kind = "suite"     // the proof of a contract, run against every adapter
+	Adapter   Kind = "adapter"   // one technology behind a contract
+	Service   Kind = "service"   // a role: contracts and mechanisms
+	Mechanism Kind = "mechanism" // part of a machine: network, disk
+	Guest     Kind = "guest"     // runs inside sandboxes
+	Data      Kind = "data"      // files, embedded
+	Internal  Kind = "internal"  // a small tool, one noun
+	Generated Kind = "generated" // written by a program, below internal/gen
+	Command   Kind = "command"   // wires: flags, environment, files
+	Test      Kind = "test"      // whole-program tests and measurements
+)
+
+// Package is a row of the table of packages.
+type Package struct {
+	Path    string // from the module's root; "." is the root
+	Kind    Kind
+	Purpose string // one line
+}
+
+// Packages names every package of the module. A new package is entered here in
+// the commit that adds it.
+var Packages = []Package{
+	{".", Root, "the vocabulary: identifiers, states, errors, manifests, the node contract"},
+	{"api", Service, "the REST control plane that the E2B clients speak to"},
+	{"bench", Test, "the benchmark program, with yardsticks measured in the same run"},
+	{"blob", Contract, "artefact storage: layers and manifests"},
+	{"blob/blobtest", Suite, "the proof of blob, and a store in memory"},
+	{"blob/file", Adapter, "artefacts in a directory"},
+	{"catalog", Contract, "which sandbox is on which node, now"},
+	{"catalog/catalogtest", Suite, "the proof of catalog"},
+	{"catalog/memory", Adapter, "the live table in one process"},
+	{"cmd/cay", Command, "the product: server, operator's tools, engine"},
+	{"cmd/envd", Command, "the guest's daemon, as a program"},
+	{"cmd/init", Command, "PID 1 of a guest: reaps, supervises envd, never exits"},
+	{"disk", Mechanism, "root directories of sandboxes from shared images and bounded files"},
+	{"doctor", Service, "checks of a machine, each with its repair"},
+	{"envd", Guest, "the daemon in each sandbox: processes, files, ports"},
+	{"internal/check", Test, "runs what must pass before a commit, and counts it"},
+	{"internal/gen/api", Generated, "the public REST API, from spec/openapi.yaml"},
+	{"internal/gen/envd/filesystem", Generated, "messages of spec/envd/filesystem"},
+	{"internal/gen/envd/filesystem/filesystemconnect", Generated, "RPC of spec/envd/filesystem"},
+	{"internal/gen/envd/process", Generated, "messages of spec/envd/process"},
+	{"internal/gen/envd/process/processconnect", Generated, "RPC of spec/envd/process"},
+	{"internal/gen/operator", Generated, "our own REST API for operators, from spec/operator.yaml"},
+	{"internal/gen/sqlite", Generated, "queries of store/sqlite"},
+	{"internal/lint", Internal, "these rules"},
+	{"internal/settings", Internal, "every setting, declared once, with its origin"},
+	{"network", Mechanism, "slot, address, namespace and firewall of a sandbox"},
+	{"orchestrator", Service, "one machine's agent: owns its sandboxes from create to kill"},
+	{"proxy", Service, "the edge: from a sandbox's URL to the guest's port"},
+	{"runtime", Contract, "a sandbox engine"},
+	{"runtime/gvisor", Adapter, "gVisor, linked in and started again from our own binary"},
+	{"runtime/runtimetest", Suite, "the proof of runtime, and an engine in memory"},
+	{"store", Contract, "the durable record: teams, keys, templates, builds, sandboxes"},
+	{"store/sqlite", Adapter, "the durable record in one SQLite file"},
+	{"store/storetest", Suite, "the proof of store"},
+	{"test/program", Test, "starts the real binary, and reads what it leaves on the host"},
+	{"template", Service, "recipe → image → layers → verified build"},
+	{"templates", Data, "the recipes of the stock templates"},
+}
+
+// Home says which packages may import a heavy library.
+type Home struct {
+	Prefix string // of import paths
+	Homes  []string
+}
+
+// HeavyHomes gives each heavy library its one home, so that it can be replaced
+// and so that the small programs stay small. Generated code counts as the home
+// of its user.
+var HeavyHomes = []Home{
+	{"gvisor.dev/", []string{"runtime/gvisor"}},
+	{"modernc.org/sqlite", []string{"store/sqlite", "event/sqlite"}},
+	{"github.com/jackc/pgx", []string{"store/postgres"}},
+	{"github.com/pressly/goose", []string{"store/sqlite", "store/postgres"}},
+	{"github.com/redis/", []string{"catalog/redis"}},
+	{"github.com/hashicorp/consul", []string{"discovery/consul"}},
+	{"github.com/hashicorp/nomad", []string{"discovery/nomad"}},
+	{"k8s.io/", []string{"discovery/kubernetes"}},
+	{"github.com/ClickHouse/", []string{"event/clickhouse"}},
+	{"github.com/aws/", []string{"blob/s3"}},
+	{"cloud.google.com/", []string{"blob/gcs"}},
+	{"github.com/google/nftables", []string{"network", "doctor"}},
+	{"github.com/vishvananda/", []string{"network", "test/program"}},
+	{"github.com/getkin/kin-openapi", []string{"api", "internal/gen/api", "internal/gen/operator"}},
+	{"github.com/oapi-codegen/", []string{"internal/gen/api", "internal/gen/operator"}},
+	{"github.com/spf13/cobra", []string{"cmd/cay"}},
+	{"github.com/creack/pty", []string{"envd"}},
+	{"github.com/fsnotify/fsnotify", []string{"envd"}},
+}
+
+// RefusedNames are names that say nothing about a package.
+var RefusedNames = []string{"util", "utils", "common", "shared", "helper", "helpers", "misc", "base", "lib", "pkg",
+	"types", "models", "consts", "constants", "manager"}
+
+// Limits of a package's growth.
+const (
+	MaxDepth   = 3    // elements of a path
+	MaxLines   = 1000 // of a file
+	MaxMethods = 40   // exported, of one type
+)
+
+// Exception permits what a rule refuses, in one file.
+type Exception struct {
+	File   string
+	What   string // what the finding names: a literal, a function, a type
+	Reason string
+}
+
+// LargeFiles may be longer than MaxLines.
+var LargeFiles = []Exception{}
+
+// WideTypes may have more than MaxMethods exported methods.
+var WideTypes = []Exception{}
+
+// Ambient lists uses of the process's environment and flags outside cmd.
+var Ambient = []Exception{
+	{"internal/settings/settings.go", "os.LookupEnv", "the table of settings is read here for every command; a test passes its own"},
+	{"envd/start.go", "os.Getenv", "the protocol: a process gets the PATH that envd was started with"},
+	{"template/bootstrap.go", "os.Environ", "mmdebstrap needs the host's proxy variables"},
+	{"template/image.go", "os.Environ", "mkfs.erofs needs the host's PATH; one variable is added"},
+}
+
+// HostPaths lists absolute paths in the source outside cmd and templates.
+// Paths below /proc, /sys and /dev are the kernel's interface and need no row.
+var HostPaths = []Exception{
+	{"doctor/network.go", "/etc/resolv.conf", "where Linux has it"},
+	{"envd/control.go", "/etc/hostname", "in the guest, where Linux has it"},
+	{"envd/control.go", "/etc/hosts", "in the guest, where Linux has it"},
+	{"envd/envd.go", "/etc/passwd", "in the guest; a field of Config replaces it"},
+	{"envd/envd.go", "/etc/group", "in the guest; a field of Config replaces it"},
+	{"envd/envd.go", "/run/cay", "in the guest: part of the contract with images"},
+	{"envd/envd.go", "/etc/cay/hooks/generation", "in the guest: part of the contract with images"},
+	{"envd/start.go", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "in the guest: Debian's PATH, when envd has none"},
+	{"internal/settings/settings.go", "/var/lib/cay", "the default of a setting"},
+	{"orchestrator/boot.go", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "in the guest: the PATH of PID 1"},
+	{"template/image.go", "/usr/bin/cay-init", "in the guest: the agent layer puts it there"},
+	{"template/image.go", "/usr/bin/envd", "in the guest: the agent layer puts it there"},
+	{"template/probe.go", "/tmp/cay-probe", "in the guest that is being verified"},
+	{"template/probe.go", "/bin/bash", "in the guest: the contract says every image has it"},
+}
