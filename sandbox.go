@@ -60,6 +60,7 @@ const (
 	EndNodeLost    EndReason = "node_lost"    // the machine restarted, or its objects are gone
 	EndShutdown    EndReason = "shutdown"     // the operator ran `cay down`
 	EndOrphan      EndReason = "orphan"       // no record owned it
+	EndPaused      EndReason = "paused"       // it was saved; its ID lives on
 )
 
 // Resources are the limits of one sandbox.
@@ -76,6 +77,11 @@ type SandboxConfig struct {
 	Template  TemplateID
 	Build     BuildID
 	Resources Resources
+	// From is the snapshot to start from; empty is the build alone. Build and
+	// Resources must be the snapshot's.
+	From SnapshotID
+	// Mode is how, with From; empty is StartAuto.
+	Mode StartMode
 	// EnvVars are visible to every process of the sandbox.
 	EnvVars map[string]string
 	// AccessToken guards envd; empty leaves envd open.
@@ -91,18 +97,22 @@ type SandboxConfig struct {
 
 // NodeSandbox is a sandbox as its node sees it.
 type NodeSandbox struct {
-	ID          SandboxID     `json:"id"`
-	ExecutionID ExecutionID   `json:"executionID"`
-	TeamID      TeamID        `json:"teamID"`
-	Template    TemplateID    `json:"template"`
-	Build       BuildID       `json:"build"`
-	Resources   Resources     `json:"resources"`
-	State       SandboxState  `json:"state"`
-	StartedAt   time.Time     `json:"startedAt"`
-	Deadline    time.Time     `json:"deadline"`
-	EnvdVersion string        `json:"envdVersion"`
-	Adopted     bool          `json:"adopted"` // survived a restart of the server
-	Host        SandboxOnHost `json:"host"`
+	ID          SandboxID    `json:"id"`
+	ExecutionID ExecutionID  `json:"executionID"`
+	TeamID      TeamID       `json:"teamID"`
+	Template    TemplateID   `json:"template"`
+	Build       BuildID      `json:"build"`
+	Resources   Resources    `json:"resources"`
+	State       SandboxState `json:"state"`
+	StartedAt   time.Time    `json:"startedAt"`
+	Deadline    time.Time    `json:"deadline"`
+	EnvdVersion string       `json:"envdVersion"`
+	Adopted     bool         `json:"adopted"` // survived a restart of the server
+	// Restored tells that its memory is that of a snapshot. Degraded says why
+	// not, if that was wished for.
+	Restored bool          `json:"restored,omitempty"`
+	Degraded string        `json:"degraded,omitempty"`
+	Host     SandboxOnHost `json:"host"`
 }
 
 // SandboxOnHost lists the host objects of a running sandbox, for `inspect`.

@@ -1,0 +1,66 @@
+package cay
+
+import "time"
+
+// SnapshotID names a snapshot of a sandbox: "s" and 20 characters of [a-z0-9].
+type SnapshotID string
+
+// NewSnapshotID returns a fresh random ID.
+func NewSnapshotID() SnapshotID { return SnapshotID("s" + randomID(20)) }
+
+// StartMode says how a sandbox gets going from a snapshot.
+type StartMode string
+
+// The modes.
+const (
+	// StartAuto restores the memory, and starts cold with the reason recorded
+	// when there is none or none that fits.
+	StartAuto StartMode = "auto"
+	// StartRestore restores the memory or fails.
+	StartRestore StartMode = "restore"
+	// StartCold starts from the root file system alone.
+	StartCold StartMode = "cold"
+)
+
+// SnapshotFormat is the number of the snapshot manifest's format. A reader
+// refuses a number it does not know.
+const SnapshotFormat = 1
+
+// Snapshot is the manifest of a sandbox as it was at one instant. It is written
+// last and atomically: a snapshot without a manifest does not exist.
+type Snapshot struct {
+	Format    int         `json:"format"`
+	ID        SnapshotID  `json:"id"`
+	CreatedAt time.Time   `json:"createdAt"`
+	Sandbox   SandboxID   `json:"sandbox"`
+	Execution ExecutionID `json:"execution"`
+	Team      TeamID      `json:"team"`
+	Template  TemplateID  `json:"template"`
+	Build     BuildID     `json:"build"`
+	Resources Resources   `json:"resources"`
+	// EnvdVersion is that of the envd in the memory.
+	EnvdVersion string `json:"envdVersion"`
+	// Parent is the snapshot the sandbox was made from, if any. A snapshot is
+	// whole without its parent.
+	Parent SnapshotID `json:"parent,omitempty"`
+	// Runtime and RuntimeVersion name the engine that wrote the memory and the
+	// only one that can restore it.
+	Runtime        string `json:"runtime"`
+	RuntimeVersion string `json:"runtimeVersion"`
+	// Memory lists the files of the memory; none means that only the disk was
+	// saved.
+	Memory []SnapshotPart `json:"memory,omitempty"`
+	Disk   SnapshotPart   `json:"disk"`
+}
+
+// SnapshotPart is one file of a snapshot.
+type SnapshotPart struct {
+	Name      string `json:"name"`
+	SizeBytes int64  `json:"sizeBytes"`
+	// Digest is of the content. A disk has none: see Stamp.
+	Digest Digest `json:"digest,omitempty"`
+	// Stamp changes with every write to the file, by whomever: its inode, size
+	// and times. It stands in for the digest of a disk, which takes longer to
+	// read than a resume may take.
+	Stamp string `json:"stamp,omitempty"`
+}
