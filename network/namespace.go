@@ -20,8 +20,16 @@ const threadNS = "/proc/thread-self/ns/net"
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread dies with the goroutine
-		done <- f()
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread does not die with its goroutine, and its
+			// namespace is what /proc shows as the process's. Held here, it
+			// leaves another thread for f.
+			defer runtime.UnlockOSThread()
+			done <- onThread(f)
+			return
+		}
+		done <- f() // never unlocked: the thread dies with the goroutine
 	}()
 	return <-done
 }
