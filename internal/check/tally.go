@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Tally counts tests, subtests included. A package that fails outside of a
+// test, because it does not compile or panics, counts as one failure.
+type Tally struct {
+	Passed, Failed, Skipped int
+
+	reasons []string // of the skips
+}
+
+// String returns "N passed, N failed, N skipped".
+func (t *Tally) String() string {
+	return fmt.Sprintf("%d passed, %d failed, %d skipped", t.Passed, t.Failed, t.Skipped)
+}
+
+// explain lists the skips.
+func (t *Tally) explain(w io.Writer) {
+	for _, r := range t.reasons {
+		fmt.Fprintln(w, r)
+	}
+}
+
+// event is a line of `go test -json`.
+type event struct {
+	Action      string
+	Package     string
+	ImportPath  string // of a build
+	Test        string
+	Elapsed     float64
+	Output      string
+	FailedBuild string
+}
+
+// read counts the events of one `go test -json`. It writes a line for each
+// package, and the output of what failed. It reports whether nothing failed.
+func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
+	type key struct{ pkg, test string }
+	output := map[key]*strings.Builder{}
+	count := map[string]int{}
+	failures := map[string]int{}
+	ok := true
+	in := bufio.NewReader(r)
+	for {
+		line, err := in.ReadBytes('\n')
+		if len(line) == 0 && err != nil {
+			if err == io.EOF {
+				return ok, nil
+			}
+			return false, err
+		}
+		var e event
+		if json.Unmarshal(line, &e) != nil {
+			// go itself writes plain text when it cannot go on
+			fmt.Fprintf(w, "%s", line)
+			continue
+		}
+		pkg := strings.TrimPrefix(e.Package, module)
+		k := key{pkg, e.Test}
+		name := pkg + "." + e.Test
+		switch e.Action {
+		case "output":
+			if output[k] == nil {
+				output[k] = &strings.Builder{}
+			}
+			output[k].WriteString(e.Output)
+		case "build-output":
+			fmt.Fprint(w, e.Output)
+		case "pass":
+			delete(output, k)
+			if e.Test != "" {
+				t.Passed++
+				count[pkg]++
+				continue
+			}
+			fmt.Fprintf(w, "ok     %-40s %7.1fs  %d tests\n", pkg, e.Elapsed, count[pkg])
+		case "skip":
+			text := output[k]
+			delete(output, k)
+			if e.Test == "" {
+				continue // a package without tests
+			}
+			t.Skipped++
+			why, allow := allowed[name]
+			if allow {
+				t.reasons = append(t.reasons, fmt.Sprintf("skipped %s: %s", name, why))
+				continue
+			}
+			ok = false
+			failures[pkg]++
+			t.reasons = append(t.reasons, fmt.Sprintf("SKIPPED %s, which internal/check/skips.go has no reason for", name))
+			fmt.Fprintf(w, "SKIP   %s\n%s", name, indent(text))
+		case "fail":
+			ok = false
+			text := output[k]
+			delete(output, k)
+			switch {
+			case e.Test != "":
+				t.Failed++
+				failures[pkg]++
+				fmt.Fprintf(w, "FAIL   %s\n%s", name, indent(text))
+			case failures[pkg] > 0:
+				fmt.Fprintf(w, "FAIL   %-40s %7.1fs  %d tests passed, %d did not\n", pkg, e.Elapsed, count[pkg], failures[pkg])
+			default:
+				t.Failed++
+				why := "outside of a test"
+				if e.FailedBuild != "" {
+					why = "does not compile"
+				}
+				fmt.Fprintf(w, "FAIL   %s %s\n%s", pkg, why, indent(text))
+				// What ran when the program died says where.
+				for other, text := range output {
+					if other.pkg == pkg {
+						fmt.Fprintf(w, "  in %s:\n%s", other.test, indent(text))
+					}
+				}
+			}
+		}
+	}
+}
+
+func indent(b *strings.Builder) string {
+	if b == nil {
+		return ""
+	}
+	var out strings.Builder
+	for line := range strings.Lines(b.String()) {
+		out.WriteString("    " + line)
+	}
+	return out.String()
+}
