@@ -208,10 +208,10 @@ type Sandbox struct {
 
 // SandboxFilter selects live sandboxes.
 type SandboxFilter struct {
-	Team     cay.TeamID // empty: every team, for operators
+	Team     cay.TeamID         // empty: every team, for operators
 	States   []cay.SandboxState // empty: every one
-	Metadata map[string]string // every pair must match
-	Template cay.TemplateID    // empty: any
+	Metadata map[string]string  // every pair must match
+	Template cay.TemplateID     // empty: any
 	// StartedAfter is inclusive; zero: any.
 	StartedAfter time.Time
 	Ascending    bool // by StartedAt; default newest first
