@@ -63,7 +63,11 @@ var Packages = []Package{
 	{"store", Contract, "the durable record: teams, keys, templates, builds, sandboxes"},
 	{"store/sqlite", Adapter, "the durable record in one SQLite file"},
 	{"store/storetest", Suite, "the proof of store"},
-	{"test/program", Test, "starts the real binary, and reads what it leaves on the host"},
+	{"test/invariant", Test, "reads from the host what a server has on it, and says what is left over"},
+	{"test/isolation", Test, "what a guest may reach, from inside"},
+	{"test/life", Test, "restarts, leaks, limits and error texts of the whole program"},
+	{"test/program", Test, "runs the real binary on a machine of its own"},
+	{"test/sdk", Test, "the official clients, unmodified, against the whole program"},
 	{"template", Service, "recipe → image → layers → verified build"},
 	{"templates", Data, "the recipes of the stock templates"},
 }
@@ -79,7 +83,7 @@ type Home struct {
 // of its user.
 var HeavyHomes = []Home{
 	{"gvisor.dev/", []string{"runtime/gvisor"}},
-	{"modernc.org/sqlite", []string{"store/sqlite", "event/sqlite"}},
+	{"modernc.org/sqlite", []string{"store/sqlite", "event/sqlite", "test/invariant"}},
 	{"github.com/jackc/pgx", []string{"store/postgres"}},
 	{"github.com/pressly/goose", []string{"store/sqlite", "store/postgres"}},
 	{"github.com/redis/", []string{"catalog/redis"}},
@@ -89,8 +93,8 @@ var HeavyHomes = []Home{
 	{"github.com/ClickHouse/", []string{"event/clickhouse"}},
 	{"github.com/aws/", []string{"blob/s3"}},
 	{"cloud.google.com/", []string{"blob/gcs"}},
-	{"github.com/google/nftables", []string{"network", "doctor"}},
-	{"github.com/vishvananda/", []string{"network", "test/program"}},
+	{"github.com/google/nftables", []string{"network", "doctor", "test/invariant"}},
+	{"github.com/vishvananda/", []string{"network", "test/program", "test/invariant"}},
 	{"github.com/getkin/kin-openapi", []string{"api", "internal/gen/api", "internal/gen/operator"}},
 	{"github.com/oapi-codegen/", []string{"internal/gen/api", "internal/gen/operator"}},
 	{"github.com/spf13/cobra", []string{"cmd/cay"}},
