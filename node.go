@@ -58,7 +58,9 @@ type SandboxEnd struct {
 	ExecutionID ExecutionID
 	Reason      EndReason
 	Message     string // a sentence for people
-	At          time.Time
+	// Snapshot is what the sandbox was saved as, with EndPaused.
+	Snapshot SnapshotID
+	At       time.Time
 }
 
 // ConsoleLine is one line the guest's PID 1, envd or kernel wrote.

@@ -32,11 +32,26 @@ type boot struct {
 	layers   []disk.Layer
 	res      cay.Resources
 	allow    bool // the slot reaches the internet
+	from     *origin
+}
+
+// origin is the snapshot a guest is booted from.
+type origin struct {
+	cay.Snapshot
+	secrets snapshotSecrets
+	memory  bool // restore it
 }
 
 // bootsAtOnce bounds parallel boots: a boot is CPU work, and more of them at
 // once only makes each slower.
 func bootsAtOnce() int { return max(2, goruntime.NumCPU()) }
+
+// newToken returns a fresh control token.
+func newToken() string {
+	b := make([]byte, 32)
+	rand.Read(b)
+	return hex.EncodeToString(b)
+}
 
 func (g *guest) addr() GuestAddr {
 	a, _ := netip.ParseAddr(g.rec.Addr) // we wrote it
@@ -80,12 +95,16 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	token := make([]byte, 32)
-	rand.Read(token)
 	g := &guest{allow: b.allow, exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
-		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: hex.EncodeToString(token),
+		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
 		EnvdVersion: b.manifest.EnvdVersion}}
+	if b.from != nil {
+		g.rec.From, g.rec.Restored = b.from.ID, b.from.memory
+		if b.from.memory {
+			g.rec.ControlToken = b.from.secrets.ControlToken // until it is told another
+		}
+	}
 	o.mu.Lock()
 	if err := o.moveLocked(g, booting); err != nil {
 		o.mu.Unlock()
@@ -127,10 +146,26 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	})
 	eg.Go(func() (err error) {
 		began := o.now()
-		root, err = o.Disks.Create(ctx, disk.Spec{ID: string(g.rec.Execution), Layers: b.layers, SizeMB: b.res.DiskMB})
+		spec := disk.Spec{ID: string(g.rec.Execution), Layers: b.layers, SizeMB: b.res.DiskMB}
+		if b.from != nil {
+			spec.From = string(b.from.ID)
+			if err := o.checkSavedDisk(b.from.Snapshot); err != nil {
+				o.step(g, "disk", cay.LayerStorage, began, err)
+				return err
+			}
+		}
+		root, err = o.Disks.Create(ctx, spec)
 		o.step(g, "disk", cay.LayerStorage, began, err)
 		return err
 	})
+	if b.from != nil && b.from.memory {
+		eg.Go(func() error {
+			began := o.now()
+			err := o.snapshots.checkMemory(ctx, b.from.Snapshot)
+			o.step(g, "verify", cay.LayerStorage, began, err)
+			return err
+		})
+	}
 	if err := eg.Wait(); err != nil {
 		return err
 	}
@@ -163,14 +198,21 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 		return err
 	}
 	began = o.now()
-	err = o.Runtime.Start(ctx, runtime.InstanceID(rec.Execution))
-	o.step(g, "start", cay.LayerRuntime, began, err)
+	want := GuestIdentity{Build: b.manifest.Build, Instance: string(rec.Execution), EnvdDigest: b.manifest.Envd}
+	if b.from != nil && b.from.memory {
+		want.Instance = string(b.from.Execution) // what it was when it was saved
+		err = o.Runtime.Restore(ctx, runtime.InstanceID(rec.Execution), o.snapshots.path(b.from.ID, memoryName))
+		o.step(g, "restore", cay.LayerRuntime, began, err)
+	} else {
+		err = o.Runtime.Start(ctx, runtime.InstanceID(rec.Execution))
+		o.step(g, "start", cay.LayerRuntime, began, err)
+	}
 	if err != nil {
 		return err
 	}
 	o.watch(g)
 	began = o.now()
-	err = o.ready(ctx, g, b.manifest)
+	err = o.ready(ctx, g, want)
 	o.step(g, "ready", cay.LayerEnvd, began, err)
 	return err
 }
@@ -190,7 +232,7 @@ func (o *Orchestrator) watch(g *guest) {
 		o.mu.Lock()
 		ph := g.rec.Phase
 		o.mu.Unlock()
-		if ph == running || ph == pooled {
+		if ph == running || ph == pooled || ph == saving {
 			o.end(g, exit.Reason, exit.Message)
 		}
 	})
@@ -234,7 +276,7 @@ const (
 //
 // The pauses start at a millisecond, because most guests answer within 50 ms of
 // their start and every poll costs one SYN only.
-func (o *Orchestrator) ready(ctx context.Context, g *guest, m cay.Manifest) error {
+func (o *Orchestrator) ready(ctx context.Context, g *guest, want GuestIdentity) error {
 	o.mu.Lock()
 	addr := g.addr()
 	o.mu.Unlock()
@@ -247,7 +289,7 @@ func (o *Orchestrator) ready(ctx context.Context, g *guest, m cay.Manifest) erro
 		cancel()
 		switch {
 		case err == nil:
-			return o.checkIdentity(g, id, m)
+			return o.checkIdentity(g, id, want)
 		case errors.Is(err, errNotListening):
 			at = stageTCP
 		case !isTimeout(err):
@@ -283,11 +325,11 @@ func (o *Orchestrator) notReady(ctx context.Context, g *guest, at stage, last er
 }
 
 // checkIdentity compares what booted with what was asked for.
-func (o *Orchestrator) checkIdentity(g *guest, id GuestIdentity, m cay.Manifest) error {
-	if id.Build != m.Build || id.Instance != string(g.rec.Execution) || (m.Envd != "" && id.EnvdDigest != m.Envd) {
+func (o *Orchestrator) checkIdentity(g *guest, id, want GuestIdentity) error {
+	if id.Build != want.Build || id.Instance != want.Instance || (want.EnvdDigest != "" && id.EnvdDigest != want.EnvdDigest) {
 		return &cay.Error{Code: cay.CodeRootfsMismatch, Layer: cay.LayerTemplate,
 			Message: fmt.Sprintf("the guest that answered is not the one asked for: want build %s with envd %s, got build %s with envd %s",
-				m.Build, m.Envd, id.Build, id.EnvdDigest),
+				want.Build, want.EnvdDigest, id.Build, id.EnvdDigest),
 			Fix: "run `cay template refresh` to rebuild the template's agent layer"}
 	}
 	o.mu.Lock()

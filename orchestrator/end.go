@@ -56,10 +56,17 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	o.mu.Unlock()
 	close(g.gone)
 	if sbx != "" {
-		o.ends.add(cay.SandboxEnd{ID: sbx, ExecutionID: id, Reason: g.rec.EndReason, Message: g.rec.EndMessage, At: o.now()})
+		e := cay.SandboxEnd{ID: sbx, ExecutionID: id, Reason: g.rec.EndReason, Message: g.rec.EndMessage, At: o.now()}
+		if e.Reason == cay.EndPaused {
+			e.Snapshot = g.rec.Saving
+		}
+		o.ends.add(e)
 		o.log().Info("sandbox ended", "sandbox", sbx, "execution", id, "reason", g.rec.EndReason, "message", g.rec.EndMessage)
 	}
 	ok := o.again("removing the disk", id, func() error { return o.Disks.Remove(ctx, string(id)) })
+	if g.rec.Saving != "" {
+		ok = o.again("removing half of a snapshot", id, func() error { return o.dropUnsaved(ctx, g.rec.Saving) }) && ok
+	}
 	if g.rec.Slot >= 0 {
 		ok = o.again("releasing the network slot", id, func() error { return o.Slots.Release(ctx, g.rec.Slot) }) && ok
 	}

@@ -32,6 +32,8 @@ type Guest interface {
 	Identity(ctx context.Context, a GuestAddr) (GuestIdentity, error)
 	// Init gives the guest its configuration.
 	Init(ctx context.Context, a GuestAddr, c GuestConfig) error
+	// Sync makes the guest write back its file systems.
+	Sync(ctx context.Context, a GuestAddr) error
 }
 
 // GuestAddr says where a guest's control listener is, and its token.
@@ -58,6 +60,10 @@ type GuestConfig struct {
 	LifecycleID    string            `json:"lifecycleID"`
 	Hostname       string            `json:"hostname,omitempty"`
 	Generation     string            `json:"generation"`
+	// Instance and ControlToken replace those of the guest, whose memory may be
+	// that of another one.
+	Instance     string `json:"instance"`
+	ControlToken string `json:"controlToken"`
 }
 
 // errNotListening tells that the guest's network is up and nothing listens yet.
@@ -127,7 +133,16 @@ func (g *httpGuest) Identity(ctx context.Context, a GuestAddr) (GuestIdentity, e
 
 // Init implements [Guest].
 func (g *httpGuest) Init(ctx context.Context, a GuestAddr, c GuestConfig) error {
-	resp, err := g.do(ctx, a, http.MethodPost, "/init", c)
+	return g.post(ctx, a, "/init", c)
+}
+
+// Sync implements [Guest].
+func (g *httpGuest) Sync(ctx context.Context, a GuestAddr) error {
+	return g.post(ctx, a, "/collapse", nil)
+}
+
+func (g *httpGuest) post(ctx context.Context, a GuestAddr, path string, body any) error {
+	resp, err := g.do(ctx, a, http.MethodPost, path, body)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,15 @@ type Disks interface {
 	Remove(ctx context.Context, id string) error
 	// List returns the IDs found on the host, half-made ones included.
 	List(ctx context.Context) ([]string, error)
+
+	// Flush begins to write back what a disk holds.
+	Flush(id string) error
+	// Save keeps what a disk holds under a name; nothing writes to it meanwhile.
+	Save(ctx context.Context, id, name string) (disk.Saved, error)
+	FindSaved(name string) (disk.Saved, error)
+	// RemoveSaved removes a saved disk; an unknown one is no error.
+	RemoveSaved(ctx context.Context, name string) error
+	ListSaved(ctx context.Context) ([]string, error)
 }
 
 // Builds finds builds on this machine.

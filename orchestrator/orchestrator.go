@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -22,6 +23,8 @@ import (
 type Orchestrator struct {
 	Node cay.NodeID
 	Dir  string // keeps the node's records
+	// SnapshotDir keeps the memory of snapshots; empty is "snapshots" in Dir.
+	SnapshotDir string
 
 	Runtime runtime.Runtime
 	Slots   Slots
@@ -45,11 +48,12 @@ type Orchestrator struct {
 	Now func() time.Time
 	Log *slog.Logger
 
-	once    sync.Once
-	records records
-	ends    ends
-	past    past
-	turn    chan struct{} // one token per boot under way
+	once      sync.Once
+	records   records
+	snapshots snapshots
+	ends      ends
+	past      past
+	turn      chan struct{} // one token per boot under way
 
 	// life ends with Close; background work holds wg.
 	life   context.Context
@@ -109,7 +113,10 @@ func (o *Orchestrator) now() time.Time {
 // runtime, the slots and the disks must be open. It returns when every adopted
 // sandbox is in the catalog.
 func (o *Orchestrator) Open(ctx context.Context) error {
-	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+	if o.SnapshotDir == "" {
+		o.SnapshotDir = filepath.Join(o.Dir, "snapshots")
+	}
+	if err := errors.Join(os.MkdirAll(o.Dir, 0o700), os.MkdirAll(o.SnapshotDir, 0o700)); err != nil {
 		return &cay.Error{Code: cay.CodeDataDirInvalid, Layer: cay.LayerStorage,
 			Message: "the node's record directory cannot be made: " + err.Error(),
 			Fix:     "check the owner, the mode and the free space of " + o.Dir, Err: err}
@@ -123,6 +130,7 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.turn = make(chan struct{}, bootsAtOnce())
 	o.ends.init()
 	o.past.init(o.now)
+	o.snapshots = snapshots{o.SnapshotDir}
 	if o.Guest == nil {
 		o.Guest = newHTTPGuest()
 	}
@@ -280,13 +288,15 @@ func (o *Orchestrator) place(ctx context.Context, c cay.SandboxConfig) (*guest, 
 	if err != nil {
 		return nil, err
 	}
-	key := poolKey{build: c.Build, res: c.Resources}
-	g := o.claim(key, c)
-	if g == nil {
-		b := boot{manifest: m, layers: layers, res: c.Resources, allow: c.AllowInternet}
-		if g, err = o.boot(ctx, b); err != nil {
-			return nil, err
-		}
+	var g *guest
+	b := boot{manifest: m, layers: layers, res: c.Resources, allow: c.AllowInternet}
+	if c.From != "" {
+		g, err = o.bootFrom(ctx, b, c)
+	} else if g = o.claim(poolKey{build: c.Build, res: c.Resources}, c); g == nil {
+		g, err = o.boot(ctx, b)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if err := o.assign(ctx, g, c, m); err != nil {
 		o.end(g, cay.EndStartFailed, err.Error())
@@ -311,9 +321,16 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	}
 	o.bySbx[c.ID] = g
 	addr := g.addr()
+	// The guest's memory may be that of another one, which knows its token.
+	// Should the server end before the guest has the new one: its sandbox was
+	// told to nobody then, and goes.
+	g.rec.ControlToken = newToken()
+	err := o.records.write(g.rec)
+	token := g.rec.ControlToken
 	o.mu.Unlock()
-
-	err := o.Guest.Init(ctx, addr, guestConfig(g.rec.Execution, c, m, began))
+	if err == nil {
+		err = o.Guest.Init(ctx, addr, guestConfig(g.rec.Execution, token, c, m, began))
+	}
 	o.step(g, "init", cay.LayerEnvd, began, err)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -337,7 +354,7 @@ func (o *Orchestrator) publish(ctx context.Context, g *guest) error {
 	o.mu.Lock()
 	r := catalog.Route{Sandbox: g.rec.Sandbox, Execution: g.rec.Execution, Node: o.Node,
 		Addr: g.addr().Addr, TrafficToken: cay.Secret(g.rec.TrafficToken)}
-	alive := g.rec.Phase == running
+	alive := g.rec.Phase == running || g.rec.Phase == saving
 	o.mu.Unlock()
 	if !alive {
 		return o.diedDuring(ctx, g, "starting")
@@ -349,7 +366,7 @@ func (o *Orchestrator) publish(ctx context.Context, g *guest) error {
 	// It may have ended between the check and the Put; end() deletes before or
 	// after us, so look again.
 	o.mu.Lock()
-	alive = g.rec.Phase == running
+	alive = g.rec.Phase == running || g.rec.Phase == saving
 	o.mu.Unlock()
 	if !alive {
 		_ = o.Catalog.Delete(ctx, r.Sandbox, r.Execution) // an entry of a dead execution answers 502 anyway
@@ -358,7 +375,7 @@ func (o *Orchestrator) publish(ctx context.Context, g *guest) error {
 	return nil
 }
 
-func guestConfig(e cay.ExecutionID, c cay.SandboxConfig, m cay.Manifest, now time.Time) GuestConfig {
+func guestConfig(e cay.ExecutionID, token string, c cay.SandboxConfig, m cay.Manifest, now time.Time) GuestConfig {
 	env := map[string]string{}
 	for k, v := range m.Defaults.Env {
 		env[k] = v
@@ -371,7 +388,7 @@ func guestConfig(e cay.ExecutionID, c cay.SandboxConfig, m cay.Manifest, now tim
 	env["E2B_TEMPLATE_ID"] = string(c.Template)
 	return GuestConfig{EnvVars: env, AccessToken: c.AccessToken.Reveal(), Timestamp: now,
 		DefaultUser: m.Defaults.User, DefaultWorkdir: m.Defaults.Workdir,
-		LifecycleID: string(e), Hostname: string(c.ID), Generation: string(e)}
+		LifecycleID: string(e), Hostname: string(c.ID), Generation: string(e), Instance: string(e), ControlToken: token}
 }
 
 // Kill implements [cay.Node].
@@ -411,7 +428,7 @@ func (o *Orchestrator) SetDeadline(_ context.Context, id cay.SandboxID, t time.T
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	g := o.bySbx[id]
-	if g == nil || g.rec.Phase != running {
+	if g == nil || (g.rec.Phase != running && g.rec.Phase != saving) {
 		return errNotFound(id)
 	}
 	g.rec.Deadline = t
@@ -447,7 +464,7 @@ func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
 	r := g.rec
 	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
 		Build: r.Build, Resources: r.Resources, State: cay.StateRunning, StartedAt: r.StartedAt, Deadline: r.Deadline,
-		EnvdVersion: r.EnvdVersion, Adopted: g.adopted,
+		EnvdVersion: r.EnvdVersion, Adopted: g.adopted, Restored: r.Restored, Degraded: r.Degraded,
 		Host: cay.SandboxOnHost{Container: string(r.Execution), Address: r.Addr,
 			NetNS: r.NetNS, RootFS: r.RootFS, DiskImage: r.DiskImage}}
 }

@@ -2,11 +2,14 @@ package orchestrator_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -33,17 +36,23 @@ type world struct {
 	inits     []orchestrator.GuestConfig
 	cuts      []cay.ExecutionID
 
-	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove
+	savedDir string
+
+	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
 	bootTime time.Duration
 }
 
 type instance struct {
-	spec  runtime.Spec
-	state runtime.State
-	exit  *runtime.Exit
-	ended chan struct{}
+	spec   runtime.Spec
+	state  runtime.State
+	exit   *runtime.Exit
+	ended  chan struct{}
+	memory memory
 }
+
+// memory is what a guest's envd remembers, and a checkpoint keeps.
+type memory struct{ Token, Instance string }
 
 func newWorld() *world {
 	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, disks: map[string]bool{},
@@ -97,7 +106,11 @@ func (e engine) Open(context.Context) error     { return nil }
 func (e engine) Close() error                   { return nil }
 func (e engine) Shutdown(context.Context) error { return nil }
 func (e engine) Info(context.Context) (runtime.Info, error) {
-	return runtime.Info{Name: "fake", Version: "1"}, nil
+	v := "1"
+	if e.err("version") != nil {
+		v = "2"
+	}
+	return runtime.Info{Name: "fake", Version: v}, nil
 }
 func (e engine) Create(ctx context.Context, s runtime.Spec) error {
 	if err := e.err("create"); err != nil {
@@ -105,8 +118,55 @@ func (e engine) Create(ctx context.Context, s runtime.Spec) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.instances[s.ID] = &instance{spec: s, state: runtime.Created, ended: make(chan struct{})}
+	in := &instance{spec: s, state: runtime.Created, ended: make(chan struct{})}
+	for _, kv := range s.Env {
+		if v, ok := strings.CutPrefix(kv, "CAY_CONTROL_TOKEN="); ok {
+			in.memory = memory{Token: v, Instance: string(s.ID)}
+		}
+	}
+	e.instances[s.ID] = in
 	return nil
+}
+
+// move changes an instance's state, from one of those given.
+func (e engine) move(step string, id runtime.InstanceID, to runtime.State, from ...runtime.State) (*instance, error) {
+	if err := e.err(step); err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	in := e.instances[id]
+	if in == nil || !slices.Contains(from, in.state) {
+		return nil, &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime, Message: "wrong state"}
+	}
+	in.state = to
+	return in, nil
+}
+func (e engine) Freeze(_ context.Context, id runtime.InstanceID) error {
+	_, err := e.move("freeze", id, runtime.Frozen, runtime.Running, runtime.Frozen)
+	return err
+}
+func (e engine) Thaw(_ context.Context, id runtime.InstanceID) error {
+	_, err := e.move("thaw", id, runtime.Running, runtime.Running, runtime.Frozen)
+	return err
+}
+func (e engine) Checkpoint(_ context.Context, id runtime.InstanceID, dir string) error {
+	in, err := e.move("checkpoint", id, runtime.Frozen, runtime.Frozen)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(in.memory)
+	return errors.Join(err, os.WriteFile(filepath.Join(dir, "pages"), b, 0o600))
+}
+func (e engine) Restore(_ context.Context, id runtime.InstanceID, dir string) error {
+	in, err := e.move("restore", id, runtime.Running, runtime.Created)
+	if err != nil {
+		return err
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "pages"))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return errors.Join(err, json.Unmarshal(b, &in.memory))
 }
 func (e engine) Start(_ context.Context, id runtime.InstanceID) error {
 	if err := e.err("start"); err != nil {
@@ -236,6 +296,42 @@ func (d disks) List(context.Context) ([]string, error) {
 	return out, nil
 }
 
+func (d disks) saved(name string) string { return filepath.Join(d.savedDir, name+".img") }
+func (d disks) Flush(string) error       { return nil }
+func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
+	if err := d.err("save"); err != nil {
+		return disk.Saved{}, err
+	}
+	if err := errors.Join(os.MkdirAll(d.savedDir, 0o700), os.WriteFile(d.saved(name), []byte("disk of "+id), 0o600)); err != nil {
+		return disk.Saved{}, err
+	}
+	return d.FindSaved(name)
+}
+func (d disks) FindSaved(name string) (disk.Saved, error) {
+	fi, err := os.Stat(d.saved(name))
+	if err != nil {
+		return disk.Saved{}, &cay.Error{Code: cay.CodeObjectMissing, Layer: cay.LayerStorage, Err: err}
+	}
+	return disk.Saved{File: d.saved(name), SizeBytes: fi.Size()}, nil
+}
+func (d disks) RemoveSaved(_ context.Context, name string) error {
+	if err := os.Remove(d.saved(name)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+func (d disks) ListSaved(context.Context) ([]string, error) {
+	ents, err := os.ReadDir(d.savedDir)
+	var out []string
+	for _, e := range ents {
+		out = append(out, strings.TrimSuffix(e.Name(), ".img"))
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return out, err
+}
+
 // table is the catalog of the world.
 type table struct{ *world }
 
@@ -278,28 +374,33 @@ func (g inside) Identity(ctx context.Context, a orchestrator.GuestAddr) (orchest
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for id, in := range g.instances {
-		env := in.spec.Env
-		if !slices.Contains(env, "CAY_CONTROL_TOKEN="+a.Token.Reveal()) {
+	for _, in := range g.instances {
+		if in.memory.Token != a.Token.Reveal() || in.state != runtime.Running {
 			continue
 		}
 		b := g.build
 		if b == "" {
 			b = cay.BuildID(in.spec.Labels["build"])
 		}
-		return orchestrator.GuestIdentity{Build: b, Instance: string(id), EnvdVersion: "0.6.13", EnvdDigest: "sha256:e"}, nil
+		return orchestrator.GuestIdentity{Build: b, Instance: in.memory.Instance, EnvdVersion: "0.6.13", EnvdDigest: "sha256:e"}, nil
 	}
 	return orchestrator.GuestIdentity{}, errors.New("no guest has this token")
 }
-func (g inside) Init(_ context.Context, _ orchestrator.GuestAddr, c orchestrator.GuestConfig) error {
+func (g inside) Init(_ context.Context, a orchestrator.GuestAddr, c orchestrator.GuestConfig) error {
 	if err := g.err("init"); err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	in := g.instances[runtime.InstanceID(c.Instance)]
+	if in == nil || in.memory.Token != a.Token.Reveal() {
+		return errors.New("the control token is wrong")
+	}
+	in.memory = memory{Token: c.ControlToken, Instance: c.Instance}
 	g.inits = append(g.inits, c)
 	return nil
 }
+func (g inside) Sync(context.Context, orchestrator.GuestAddr) error { return g.err("sync") }
 
 type streams struct{ *world }
 
@@ -320,7 +421,10 @@ func (builds) Open(_ context.Context, b cay.BuildID) (cay.Manifest, []disk.Layer
 }
 
 func node(w *world, dir string, pool int) *orchestrator.Orchestrator {
-	return &orchestrator.Orchestrator{Node: "n1", Dir: dir, Runtime: engine{w}, Slots: slots{w}, Disks: disks{w},
+	w.mu.Lock()
+	w.savedDir = dir + ".disks"
+	w.mu.Unlock()
+	return &orchestrator.Orchestrator{Node: "n1", Dir: dir, SnapshotDir: dir + ".snapshots", Runtime: engine{w}, Slots: slots{w}, Disks: disks{w},
 		Builds: builds{}, Catalog: table{w}, Streams: streams{w}, Guest: inside{w}, PoolSize: pool, MaxSandboxes: 5,
 		StartTimeout: 10 * time.Second}
 }

@@ -13,6 +13,7 @@ import (
 // after a clean stop. It may itself be killed at any point and run again.
 //
 //   - running and the engine lives: adopt, route, watch.
+//   - saving: finish the pause whose snapshot is whole, undo any other.
 //   - pooled and the engine lives: adopt into the pool.
 //   - booting, ending, or the engine is gone: roll forward to removal; a
 //     sandbox's end is reported with its reason.
@@ -31,7 +32,8 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		live[cay.ExecutionID(in.ID)] = in
 	}
 	owned := map[cay.ExecutionID]bool{}
-	var doomed []*guest
+	var doomed, saves []*guest
+	half := map[cay.SnapshotID]bool{} // in the making
 	for _, r := range recs {
 		owned[r.Execution] = true
 		g := &guest{rec: r, allow: true, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
@@ -42,15 +44,19 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		}
 		o.mu.Unlock()
 		if r.Slot >= 0 {
-			if _, err := o.Slots.Adopt(ctx, r.Slot); err != nil && r.Phase == running {
+			if _, err := o.Slots.Adopt(ctx, r.Slot); err != nil && (r.Phase == running || r.Phase == saving) {
 				g.exit = runtime.Exit{Reason: cay.EndNodeLost, Code: -1, Message: "its network slot is gone"}
 				o.log().Error("the network slot of a running sandbox is gone", "sandbox", r.Sandbox, "slot", r.Slot, "error", err)
 				doomed = append(doomed, g)
 				continue
 			}
 		}
+		if r.Saving != "" {
+			half[r.Saving] = true
+		}
 		in, known := live[r.Execution]
-		keep := known && in.State == runtime.Running && (r.Phase == running || (r.Phase == pooled && r.Sandbox == "" && o.PoolSize > 0))
+		lives := known && (in.State == runtime.Running || in.State == runtime.Frozen)
+		keep := lives && (r.Phase == running || r.Phase == saving || (r.Phase == pooled && r.Sandbox == "" && o.PoolSize > 0))
 		if !keep {
 			if known && in.Exit != nil {
 				g.exit = *in.Exit
@@ -60,7 +66,10 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 			doomed = append(doomed, g)
 			continue
 		}
-		if r.Phase == running {
+		if r.Phase == saving {
+			saves = append(saves, g)
+		}
+		if r.Phase == running || r.Phase == saving {
 			if err := o.publish(ctx, g); err != nil {
 				return fmt.Errorf("routing the adopted sandbox %s: %w", r.Sandbox, err)
 			}
@@ -74,6 +83,11 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		}
 		o.watch(g)
 	}
+	for _, g := range saves {
+		if err := o.recoverSave(ctx, g); err != nil {
+			o.log().Error("an interrupted snapshot could not be undone", "sandbox", g.rec.Sandbox, "error", err)
+		}
+	}
 	if len(errs) > 0 {
 		// What an unreadable record names cannot be told from garbage, so
 		// nothing unowned is removed in this run.
@@ -81,6 +95,9 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 	}
 	for _, g := range doomed {
 		o.endRecovered(g)
+	}
+	if err := o.snapshots.dropHalf(half); err != nil {
+		return err
 	}
 	return o.sweep(ctx, live, owned)
 }
@@ -91,6 +108,10 @@ func (o *Orchestrator) endRecovered(g *guest) {
 	switch g.rec.Phase {
 	case booting:
 		reason, msg = cay.EndStartFailed, "the server stopped while the sandbox started"
+	case saving:
+		if _, _, err := o.snapshots.load(g.rec.Saving); err == nil && g.rec.SavePauses {
+			reason, msg = cay.EndPaused, "" // the snapshot is whole, so nothing is lost
+		}
 	case ending:
 		// The removal was under way: go on with it, with its own reason.
 		o.wg.Go(func() { o.remove(context.WithoutCancel(o.life), g) })

@@ -25,6 +25,7 @@ const (
 	booting phase = "booting" // being made: roll back
 	pooled  phase = "pooled"  // booted ahead, belongs to nobody: keep
 	running phase = "running" // belongs to a sandbox: keep
+	saving  phase = "saving"  // running, and a snapshot of it is being made
 	ending  phase = "ending"  // being removed: roll forward
 )
 
@@ -33,7 +34,8 @@ var legal = map[phase][]phase{
 	"":      {booting},
 	booting: {pooled, running, ending},
 	pooled:  {running, ending},
-	running: {ending},
+	running: {saving, ending},
+	saving:  {running, ending},
 	ending:  {},
 }
 
@@ -59,6 +61,11 @@ type record struct {
 	ControlToken string          `json:"controlToken"`
 	EnvdVersion  string          `json:"envdVersion,omitempty"`
 	Steps        []cay.StartStep `json:"steps,omitempty"`
+	// From is the snapshot it was made from, Restored that its memory came from
+	// there, and Degraded why not, if that was wished for.
+	From     cay.SnapshotID `json:"from,omitempty"`
+	Restored bool           `json:"restored,omitempty"`
+	Degraded string         `json:"degraded,omitempty"`
 
 	// Set when the guest belongs to a sandbox.
 	Sandbox      cay.SandboxID  `json:"sandbox,omitempty"`
@@ -67,6 +74,11 @@ type record struct {
 	TrafficToken string         `json:"trafficToken,omitempty"`
 	StartedAt    time.Time      `json:"startedAt,omitzero"`
 	Deadline     time.Time      `json:"deadline,omitzero"`
+
+	// Set in phase saving: the snapshot in the making, and whether the sandbox
+	// ends with it. They stay in phase ending, to tell what a pause made.
+	Saving     cay.SnapshotID `json:"saving,omitempty"`
+	SavePauses bool           `json:"savePauses,omitempty"`
 
 	// Set in phase ending.
 	EndReason  cay.EndReason `json:"endReason,omitempty"`

@@ -1,0 +1,328 @@
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime"
+)
+
+// SaveRequest says how to save a sandbox.
+type SaveRequest struct {
+	// Snapshot is the ID of the snapshot to make.
+	Snapshot cay.SnapshotID
+	// Memory is false to save the disk alone.
+	Memory bool
+	// Pause ends the sandbox's run once the snapshot is whole.
+	Pause bool
+}
+
+// Save makes a snapshot of a running sandbox. When it returns nil the snapshot
+// is whole, on disk, and survives a power cut; with Pause, the sandbox does not
+// run any more and the proxy answers for it as for a paused one. After an error
+// the sandbox runs on as before and there is no snapshot.
+//
+// The guest stands still from the moment its memory is written until its disk
+// is cloned; both belong to that same instant. Unknown sandboxes are
+// CodeSandboxNotFound, those with another operation under way
+// CodeSandboxTransition.
+func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q SaveRequest) (cay.Snapshot, error) {
+	if err := o.snapshots.free(q.Snapshot); err != nil {
+		return cay.Snapshot{}, err
+	}
+	// A save once begun is finished whether or not the caller waits: half of
+	// one would have to be undone, which costs as much.
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), saveTimeout)
+	defer stop()
+	o.mu.Lock()
+	g := o.bySbx[id]
+	if g == nil || g.rec.Phase == ending {
+		o.mu.Unlock()
+		return cay.Snapshot{}, errNotFound(id)
+	}
+	if g.rec.Phase != running || !o.open {
+		o.mu.Unlock()
+		return cay.Snapshot{}, &cay.Error{Code: cay.CodeSandboxTransition, Layer: cay.LayerRuntime,
+			Message: fmt.Sprintf("another operation on sandbox %s is under way", id), Fix: "try again when it is done"}
+	}
+	g.rec.Saving, g.rec.SavePauses = q.Snapshot, q.Pause
+	if err := o.moveLocked(g, saving); err != nil {
+		g.rec.Saving, g.rec.SavePauses = "", false
+		o.mu.Unlock()
+		return cay.Snapshot{}, storageError("write the node's record of sandbox "+string(id), err)
+	}
+	o.wg.Add(1)
+	o.mu.Unlock()
+	defer o.wg.Done()
+
+	began := o.now()
+	m, frozen, err := o.save(ctx, g, q)
+	if err != nil {
+		return m, errors.Join(err, o.unsave(ctx, g))
+	}
+	o.log().Info("sandbox saved", "sandbox", id, "execution", g.rec.Execution, "snapshot", q.Snapshot, "pause", q.Pause,
+		"frozen", frozen, "took", o.now().Sub(began))
+	if !q.Pause {
+		return m, o.goOn(ctx, g)
+	}
+	o.end(g, cay.EndPaused, "")
+	select {
+	case <-g.gone:
+		return m, nil
+	case <-o.life.Done():
+		return m, errShuttingDown() // the pause is on record: the next run finishes it
+	}
+}
+
+// saveTimeout bounds a save; a guest with much memory on a slow disk takes its
+// time.
+const saveTimeout = 10 * time.Minute
+
+// thawPatience bounds the pauses between tries to thaw a guest.
+const thawPatience = 3 * time.Second
+
+// save does the work. It returns for how long the guest stood still, unless it
+// still does.
+func (o *Orchestrator) save(ctx context.Context, g *guest, q SaveRequest) (m cay.Snapshot, frozen time.Duration, err error) {
+	exec := string(g.rec.Execution)
+	memory, err := o.snapshots.begin(q.Snapshot)
+	if err != nil {
+		return m, 0, err
+	}
+	info, err := o.Runtime.Info(ctx)
+	if err != nil {
+		return m, 0, err
+	}
+	// What is written back now is not written while the guest stands still.
+	o.mu.Lock()
+	addr, rec := g.addr(), g.rec
+	o.mu.Unlock()
+	if !q.Memory {
+		// Without its memory the guest will come back as after a power cut, so
+		// its file systems are told to write everything first.
+		if err := o.Guest.Sync(ctx, addr); err != nil {
+			return m, 0, &cay.Error{Code: cay.CodeEnvdUnreachable, Layer: cay.LayerEnvd,
+				Message: "the guest could not write back its files before the snapshot: " + err.Error(), Fix: "try again", Err: err}
+		}
+	}
+	if err := o.Disks.Flush(exec); err != nil {
+		return m, 0, err
+	}
+	stopped := o.now()
+	if err := o.Runtime.Freeze(ctx, runtime.InstanceID(exec)); err != nil {
+		return m, 0, o.savingDied(g, err)
+	}
+	if q.Memory {
+		if err := o.Runtime.Checkpoint(ctx, runtime.InstanceID(exec), memory); err != nil {
+			return m, 0, o.savingDied(g, err)
+		}
+	}
+	saved, err := o.Disks.Save(ctx, exec, string(q.Snapshot))
+	if err != nil {
+		return m, 0, err
+	}
+	if !q.Pause {
+		if err := o.Runtime.Thaw(ctx, runtime.InstanceID(exec)); err != nil {
+			return m, 0, o.savingDied(g, err)
+		}
+		frozen = o.now().Sub(stopped)
+	}
+	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
+		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
+		Parent: rec.From, Runtime: info.Name, RuntimeVersion: info.Version}
+	if q.Memory {
+		if m.Memory, err = measure(ctx, memory); err != nil {
+			return m, frozen, storageError("read back the memory of snapshot "+string(q.Snapshot), err)
+		}
+	}
+	if m.Disk, err = stamp(saved.File); err != nil {
+		return m, frozen, storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
+	}
+	return m, frozen, o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken})
+}
+
+// savingDied says so when an operation failed because the guest ended.
+func (o *Orchestrator) savingDied(g *guest, err error) error {
+	select {
+	case <-g.exited:
+		return &cay.Error{Code: cay.CodeGuestExited, Layer: cay.LayerGuest,
+			Message: "the sandbox ended while it was being saved: " + g.exit.Message, Fix: "create a new one", Err: err}
+	default:
+		return err
+	}
+}
+
+// unsave rolls a failed save back: the guest runs on, and nothing of the
+// snapshot is left.
+func (o *Orchestrator) unsave(ctx context.Context, g *guest) error {
+	return errors.Join(o.dropUnsaved(ctx, g.rec.Saving), o.goOn(ctx, g))
+}
+
+// goOn lets a guest run after a save.
+func (o *Orchestrator) goOn(ctx context.Context, g *guest) error {
+	var err error
+	for pause := 20 * time.Millisecond; pause < thawPatience; pause *= 2 {
+		if err = o.Runtime.Thaw(ctx, runtime.InstanceID(g.rec.Execution)); err == nil {
+			break
+		}
+		select {
+		case <-time.After(pause): // the engine's supervisor may be starting again
+		case <-g.exited:
+			pause = thawPatience
+		case <-ctx.Done():
+			pause = thawPatience
+		}
+	}
+	o.mu.Lock()
+	if g.rec.Phase != saving { // it ended, or was killed
+		o.mu.Unlock()
+		return nil
+	}
+	g.rec.Saving, g.rec.SavePauses = "", false
+	merr := o.moveLocked(g, running)
+	o.mu.Unlock()
+	select {
+	case <-g.exited: // it died before watch() could see it running
+		o.end(g, g.exit.Reason, g.exit.Message)
+		return nil
+	default:
+	}
+	if err = errors.Join(err, merr); err != nil {
+		// A guest that cannot be thawed is of no use to anybody, and its
+		// record must not claim a save that is over.
+		o.log().Error("a guest does not go on after a save", "execution", g.rec.Execution, "error", err)
+		o.end(g, cay.EndEngineCrash, "the guest could not be thawed after a snapshot: "+err.Error())
+	}
+	return err
+}
+
+// recoverSave finishes or undoes the save that a crash interrupted: a whole
+// snapshot of a pause is the sandbox from then on; everything else runs on.
+func (o *Orchestrator) recoverSave(ctx context.Context, g *guest) error {
+	_, _, err := o.snapshots.load(g.rec.Saving)
+	if err == nil && g.rec.SavePauses {
+		o.log().Info("finishing the pause that was interrupted", "sandbox", g.rec.Sandbox, "snapshot", g.rec.Saving)
+		o.end(g, cay.EndPaused, "")
+		return nil
+	}
+	if err == nil {
+		return o.goOn(ctx, g)
+	}
+	o.log().Info("undoing the snapshot that was interrupted", "sandbox", g.rec.Sandbox, "snapshot", g.rec.Saving)
+	return o.unsave(ctx, g)
+}
+
+// dropUnsaved removes what a save left whose guest ended before the snapshot
+// was whole.
+func (o *Orchestrator) dropUnsaved(ctx context.Context, id cay.SnapshotID) error {
+	if _, _, err := o.snapshots.load(id); cay.CodeOf(err) != cay.CodeNotFound {
+		return nil // whole, or damaged later: not ours to remove
+	}
+	return errors.Join(o.snapshots.abandon(id), o.Disks.RemoveSaved(ctx, string(id)))
+}
+
+// bootFrom makes a guest of a snapshot, as the mode says.
+func (o *Orchestrator) bootFrom(ctx context.Context, b boot, c cay.SandboxConfig) (*guest, error) {
+	m, secrets, err := o.snapshots.load(c.From)
+	if err != nil {
+		return nil, err
+	}
+	if m.Build != c.Build || m.Resources != c.Resources {
+		return nil, &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
+			Message: fmt.Sprintf("snapshot %s is of build %s with %+v, not of build %s with %+v", m.ID, m.Build, m.Resources, c.Build, c.Resources),
+			Fix:     "start it with its own build and resources"}
+	}
+	b.from = &origin{Snapshot: m, secrets: secrets}
+	if c.Mode == cay.StartCold || (len(m.Memory) == 0 && c.Mode != cay.StartRestore) {
+		return o.boot(ctx, b)
+	}
+	unfit := o.memoryFits(ctx, m)
+	if unfit == nil {
+		b.from.memory = true
+		return o.boot(ctx, b)
+	}
+	if c.Mode == cay.StartRestore {
+		return nil, unfit
+	}
+	o.log().Warn("starting a sandbox cold, though its memory was saved", "sandbox", c.ID, "snapshot", m.ID, "error", unfit)
+	g, err := o.boot(ctx, b)
+	if err == nil {
+		o.mu.Lock()
+		g.rec.Degraded = unfit.Error()
+		o.mu.Unlock()
+	}
+	return g, err
+}
+
+// memoryFits says why the memory of a snapshot cannot be restored here, if it
+// cannot: it is not there, or of another engine. Damaged memory is not judged
+// here: to go on without it, unasked, would hide that something was lost.
+func (o *Orchestrator) memoryFits(ctx context.Context, m cay.Snapshot) error {
+	if len(m.Memory) == 0 {
+		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
+			Message: fmt.Sprintf("snapshot %s has no memory: only its disk was saved", m.ID), Fix: "start it cold"}
+	}
+	info, err := o.Runtime.Info(ctx)
+	if err != nil {
+		return err
+	}
+	if m.Runtime != info.Name || m.RuntimeVersion != info.Version {
+		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerRuntime,
+			Message: fmt.Sprintf("the memory of snapshot %s was written by %s %s; this node has %s %s", m.ID, m.Runtime, m.RuntimeVersion, info.Name, info.Version),
+			Fix:     "start it cold (memory: false), or with the version of Cay that wrote it"}
+	}
+	for _, p := range m.Memory {
+		if _, err := os.Stat(o.snapshots.path(m.ID, memoryName, p.Name)); errors.Is(err, fs.ErrNotExist) {
+			return errCorrupt(m.ID, p.Name, "it is missing", err)
+		}
+	}
+	return nil
+}
+
+// checkSavedDisk makes sure that the saved disk is the one of the manifest.
+func (o *Orchestrator) checkSavedDisk(m cay.Snapshot) error {
+	saved, err := o.Disks.FindSaved(string(m.ID))
+	if err != nil {
+		return errCorrupt(m.ID, m.Disk.Name, "it is missing", err)
+	}
+	return checkDisk(m, saved.File)
+}
+
+// Snapshots returns the snapshots on this node, in no order. Those that cannot
+// be read are logged and left out.
+func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
+	out, errs := o.snapshots.list()
+	for _, err := range errs {
+		o.log().Error("a snapshot cannot be used", "error", err)
+	}
+	return out, nil
+}
+
+// DeleteSnapshot removes a snapshot; an unknown one is no error. Sandboxes that
+// were made from it are whole without it.
+func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) error {
+	if err := o.snapshots.remove(id); err != nil {
+		return err
+	}
+	return o.Disks.RemoveSaved(ctx, string(id))
+}
+
+// VerifySnapshot reads every byte of a snapshot's memory, and compares the disk
+// with its stamp.
+func (o *Orchestrator) VerifySnapshot(ctx context.Context, id cay.SnapshotID) error {
+	m, _, err := o.snapshots.load(id)
+	if err != nil {
+		return err
+	}
+	if len(m.Memory) > 0 {
+		if err := o.snapshots.checkMemory(ctx, m); err != nil {
+			return err
+		}
+	}
+	return o.checkSavedDisk(m)
+}

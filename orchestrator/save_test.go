@@ -1,0 +1,369 @@
+package orchestrator_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/orchestrator"
+	"github.com/cayhq/cay/runtime"
+)
+
+// wantSnapshots checks which snapshots there are, in every place.
+func wantSnapshots(t *testing.T, o *orchestrator.Orchestrator, w *world, want ...cay.SnapshotID) {
+	t.Helper()
+	all, err := o.Snapshots(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved, err := disks{w}.ListSaved(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs, err := os.ReadDir(o.SnapshotDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != len(want) || len(saved) != len(want) || len(dirs) != len(want) {
+		t.Errorf("%d snapshots, %d saved disks, %d directories; want %d: %v %v", len(all), len(saved), len(dirs), len(want), saved, dirs)
+	}
+	for _, id := range want {
+		if err := o.VerifySnapshot(t.Context(), id); err != nil {
+			t.Errorf("VerifySnapshot(%s): %v", id, err)
+		}
+	}
+}
+
+func from(id string, s cay.SnapshotID, mode cay.StartMode) cay.SandboxConfig {
+	c := config(id)
+	c.From, c.Mode = s, mode
+	return c
+}
+
+func TestPauseAndResume(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		first := mustCreate(t, o, "i1")
+		snap := cay.NewSnapshotID()
+		m, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true, Pause: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.ID != snap || m.Sandbox != "i1" || m.Execution != first.ExecutionID || m.Team != "t" || m.Build != "b1" ||
+			m.Resources != config("x").Resources || m.Runtime != "fake" || m.RuntimeVersion != "1" || len(m.Memory) != 1 || m.Disk.Stamp == "" {
+			t.Errorf("manifest %+v", m)
+		}
+		wantClean(t, w, dir) // a paused sandbox costs no process, slot, disk or record
+		wantSnapshots(t, o, w, snap)
+		if _, err := o.Get(t.Context(), "i1"); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Errorf("a paused sandbox is still there: %v", err)
+		}
+
+		again, err := o.Create(t.Context(), from("i1", snap, cay.StartRestore))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !again.Restored || again.Degraded != "" || again.ExecutionID == first.ExecutionID {
+			t.Errorf("resumed as %+v", again)
+		}
+		c := w.inits[len(w.inits)-1]
+		if c.Instance != string(again.ExecutionID) || c.Generation != c.Instance || c.ControlToken == "" || c.ControlToken == w.inits[0].ControlToken {
+			t.Errorf("the resumed guest was told %+v", c)
+		}
+		// The snapshot serves again, also beside the sandbox made from it.
+		fork, err := o.Create(t.Context(), from("i2", snap, ""))
+		if err != nil || !fork.Restored {
+			t.Fatalf("fork: %+v, %v", fork, err)
+		}
+		for _, id := range []cay.SandboxID{"i1", "i2"} {
+			if err := o.Kill(t.Context(), id, cay.EndRequest); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := errors.Join(o.DeleteSnapshot(t.Context(), snap), o.DeleteSnapshot(t.Context(), snap)); err != nil {
+			t.Error(err)
+		}
+		wantSnapshots(t, o, w)
+		wantClean(t, w, dir)
+	})
+}
+
+func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		s := mustCreate(t, o, "i1")
+		snap := cay.NewSnapshotID()
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true}); err != nil {
+			t.Fatal(err)
+		}
+		wantSnapshots(t, o, w, snap)
+		in := w.instances[runtime.InstanceID(s.ExecutionID)]
+		if in == nil || in.state != runtime.Running {
+			t.Fatalf("the sandbox does not run on: %+v", in)
+		}
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true}); cay.CodeOf(err) != cay.CodeConflict {
+			t.Errorf("the same snapshot ID again: %v", err)
+		}
+		wantSnapshots(t, o, w, snap) // the refusal did not touch the first
+		if _, err := o.Save(t.Context(), "i9", orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID()}); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Errorf("an unknown sandbox: %v", err)
+		}
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: "../x"}); cay.CodeOf(err) != cay.CodeInvalidRequest {
+			t.Errorf("a malformed ID: %v", err)
+		}
+		if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+			t.Error(err)
+		}
+		wantClean(t, w, dir)
+		wantSnapshots(t, o, w, snap) // it outlives its sandbox
+	})
+}
+
+// A save that fails at any step leaves a running sandbox and no snapshot.
+func TestFailedSave(t *testing.T) {
+	for _, step := range []string{"freeze", "checkpoint", "save", "sync"} {
+		for _, pause := range []bool{true, false} {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld()
+				o, dir := open(t, w, 0)
+				defer o.Close()
+				s := mustCreate(t, o, "i1")
+				broken := errors.New(step + " is broken")
+				w.setFail(step, broken)
+				q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: step != "sync", Pause: pause}
+				if _, err := o.Save(t.Context(), "i1", q); !errors.Is(err, broken) {
+					t.Fatalf("%s: %v", step, err)
+				}
+				w.setFail(step, nil)
+				wantSnapshots(t, o, w)
+				if in := w.instances[runtime.InstanceID(s.ExecutionID)]; in == nil || in.state != runtime.Running {
+					t.Fatalf("%s: the sandbox does not run on: %+v", step, in)
+				}
+				if _, err := (table{w}).Get(t.Context(), "i1"); err != nil {
+					t.Errorf("%s: the sandbox has no route: %v", step, err)
+				}
+				if _, err := o.Save(t.Context(), "i1", q); err != nil { // it can be tried again
+					t.Errorf("%s: the second try: %v", step, err)
+				}
+				if !pause {
+					if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+						t.Error(err)
+					}
+				}
+				wantClean(t, w, dir)
+				wantSnapshots(t, o, w, q.Snapshot)
+			})
+		}
+	}
+}
+
+// The server dies at every point of a save; the next one finishes a pause whose
+// snapshot is whole and undoes every other.
+func TestCrashWhileSaving(t *testing.T) {
+	for _, tc := range []struct {
+		guest       runtime.State // as the crash leaves it
+		pause, half bool          // half: parts of the snapshot are there, its manifest is not
+	}{
+		{runtime.Running, true, false}, {runtime.Frozen, true, false}, {runtime.Frozen, true, true},
+		{runtime.Running, false, false}, {runtime.Frozen, false, true}, {runtime.Running, false, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld()
+			o, dir := open(t, w, 0)
+			s := mustCreate(t, o, "i1")
+			q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true, Pause: tc.pause}
+			rec := recordFile(dir, s.ExecutionID)
+			b, err := os.ReadFile(rec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := o.Close(); err != nil {
+				t.Fatal(err)
+			}
+			b = bytes.Replace(b, []byte(`"phase":"running"`), fmt.Appendf(nil, `"phase":"saving","saving":%q,"savePauses":%v`, q.Snapshot, q.Pause), 1)
+			err = os.WriteFile(rec, b, 0o600)
+			w.instances[runtime.InstanceID(s.ExecutionID)].state = tc.guest
+			if tc.half {
+				_, serr := disks{w}.Save(t.Context(), string(s.ExecutionID), string(q.Snapshot))
+				err = errors.Join(err, serr, os.MkdirAll(filepath.Join(o.SnapshotDir, string(q.Snapshot)+".new", "memory"), 0o700))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			next := reopen(t, w, dir, 0)
+			defer next.Close()
+			synctest.Wait()
+			if _, err := next.Get(t.Context(), "i1"); err != nil {
+				t.Fatalf("%+v: the sandbox is lost: %v", tc, err)
+			}
+			if in := w.instances[runtime.InstanceID(s.ExecutionID)]; in.state != runtime.Running {
+				t.Errorf("%+v: the sandbox is %s", tc, in.state)
+			}
+			wantSnapshots(t, next, w)
+			if _, err := next.Save(t.Context(), "i1", q); err != nil {
+				t.Errorf("%+v: a later save: %v", tc, err)
+			}
+		})
+	}
+}
+
+// The snapshot of a pause is whole and the server dies before the guest is
+// gone, or the guest is gone and its record is not: the sandbox is paused.
+func TestCrashAfterPause(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld()
+			o, dir := open(t, w, 0)
+			s := mustCreate(t, o, "i1")
+			q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true}
+			if _, err := o.Save(t.Context(), "i1", q); err != nil {
+				t.Fatal(err)
+			}
+			b, err := os.ReadFile(recordFile(dir, s.ExecutionID))
+			if err := errors.Join(err, o.Close()); err != nil {
+				t.Fatal(err)
+			}
+			b = bytes.Replace(b, []byte(`"phase":"running"`), fmt.Appendf(nil, `"phase":"saving","saving":%q,"savePauses":true`, q.Snapshot), 1)
+			if err := os.WriteFile(recordFile(dir, s.ExecutionID), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			w.instances[runtime.InstanceID(s.ExecutionID)].state = runtime.Frozen
+			if gone {
+				delete(w.instances, runtime.InstanceID(s.ExecutionID))
+			}
+			next := reopen(t, w, dir, 0)
+			defer next.Close()
+			var got cay.SandboxEnd
+			ctx, stop := context.WithTimeout(t.Context(), time.Second)
+			defer stop()
+			_ = next.Watch(ctx, func(e cay.SandboxEnd) { got = e })
+			if got.ID != "i1" || got.Reason != cay.EndPaused || got.Snapshot != q.Snapshot {
+				t.Errorf("gone %v: the end was told as %+v", gone, got)
+			}
+			wantClean(t, w, dir)
+			wantSnapshots(t, next, w, q.Snapshot)
+		})
+	}
+}
+
+func recordFile(dir string, e cay.ExecutionID) string { return filepath.Join(dir, string(e)+".json") }
+
+// Every byte of a snapshot is looked at before it is used, and the answer names
+// the part.
+func TestDamagedSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		defer o.Close()
+		mustCreate(t, o, "i1")
+		snap := cay.NewSnapshotID()
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true, Pause: true}); err != nil {
+			t.Fatal(err)
+		}
+		parts := map[string]string{
+			"pages":         filepath.Join(o.SnapshotDir, string(snap), "memory", "pages"),
+			"manifest.json": filepath.Join(o.SnapshotDir, string(snap), "manifest.json"),
+			"secrets.json":  filepath.Join(o.SnapshotDir, string(snap), "secrets.json"),
+			string(snap):    disks{w}.saved(string(snap)),
+		}
+		for part, path := range parts {
+			whole, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name, damaged := range map[string][]byte{"flipped": flip(whole), "cut": whole[:len(whole)/2], "empty": nil} {
+				time.Sleep(time.Second) // virtual; but file times are real ones
+				if err := os.WriteFile(path, damaged, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				_, err := o.Create(t.Context(), from("i1", snap, cay.StartAuto))
+				if cay.CodeOf(err) != cay.CodeSnapshotCorrupt || !strings.Contains(err.Error(), part) {
+					t.Errorf("%s of %s: %v", name, part, err)
+				}
+				if err := o.VerifySnapshot(t.Context(), snap); cay.CodeOf(err) != cay.CodeSnapshotCorrupt {
+					t.Errorf("%s of %s: VerifySnapshot: %v", name, part, err)
+				}
+			}
+			if path != parts[string(snap)] { // its stamp would not come back
+				if err := os.WriteFile(path, whole, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if part == string(snap) {
+				break
+			}
+		}
+		wantClean(t, w, dir)
+	})
+}
+
+// flip changes one bit. In JSON it makes a text that does not parse.
+func flip(b []byte) []byte {
+	b = bytes.Clone(b)
+	b[0] ^= 1
+	return b
+}
+
+func TestColdStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, _ := open(t, w, 0)
+		defer o.Close()
+		mustCreate(t, o, "i1")
+		withMemory, diskOnly := cay.NewSnapshotID(), cay.NewSnapshotID()
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: withMemory, Memory: true}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: diskOnly, Pause: true}); err != nil {
+			t.Fatal(err)
+		}
+		wantSnapshots(t, o, w, withMemory, diskOnly)
+		for _, tc := range []struct {
+			snap     cay.SnapshotID
+			mode     cay.StartMode
+			upgraded bool // the node's engine is another by now
+			restored bool
+			degraded bool
+			code     cay.Code
+		}{
+			{withMemory, cay.StartCold, false, false, false, ""},
+			{diskOnly, cay.StartAuto, false, false, false, ""},
+			{diskOnly, cay.StartRestore, false, false, false, cay.CodeSnapshotIncompatible},
+			{withMemory, cay.StartAuto, false, true, false, ""},
+			{withMemory, cay.StartAuto, true, false, true, ""},
+			{withMemory, cay.StartRestore, true, false, false, cay.CodeSnapshotIncompatible},
+			{cay.NewSnapshotID(), cay.StartAuto, false, false, false, cay.CodeNotFound},
+		} {
+			if tc.upgraded {
+				w.setFail("version", errors.New("another"))
+			}
+			s, err := o.Create(t.Context(), from("i2", tc.snap, tc.mode))
+			w.setFail("version", nil)
+			if cay.CodeOf(err) != tc.code || (err == nil && (s.Restored != tc.restored || (s.Degraded != "") != tc.degraded)) {
+				t.Errorf("%+v: %+v, %v", tc, s, err)
+			}
+			if err == nil {
+				if err := o.Kill(t.Context(), "i2", cay.EndRequest); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		other := from("i3", withMemory, cay.StartAuto)
+		other.Resources.MemoryMB *= 2
+		if _, err := o.Create(t.Context(), other); cay.CodeOf(err) != cay.CodeSnapshotIncompatible {
+			t.Errorf("other resources: %v", err)
+		}
+	})
+}

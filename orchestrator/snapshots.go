@@ -1,0 +1,327 @@
+package orchestrator
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cayhq/cay"
+)
+
+// snapshots keeps the memory and the manifests of snapshots in one directory;
+// their disks are with the disks, under the snapshot's ID.
+//
+//	<dir>/<id>/manifest.json   written last
+//	<dir>/<id>/secrets.json    mode 0600: the control token of the saved envd
+//	<dir>/<id>/memory/…        what the engine wrote; absent for a disk alone
+//	<dir>/<id>.new/            in the making
+type snapshots struct{ dir string }
+
+const (
+	manifestName = "manifest.json"
+	secretsName  = "secrets.json"
+	memoryName   = "memory"
+	newSuffix    = ".new"
+)
+
+// snapshotSecrets are what only the node may know of a snapshot.
+type snapshotSecrets struct {
+	ControlToken string `json:"controlToken"`
+}
+
+func (s snapshots) path(id cay.SnapshotID, elem ...string) string {
+	return filepath.Join(append([]string{s.dir, string(id)}, elem...)...)
+}
+
+func validSnapshotID(id cay.SnapshotID) error {
+	if len(id) == 21 && id[0] == 's' && strings.Trim(string(id), "abcdefghijklmnopqrstuvwxyz0123456789") == "" {
+		return nil
+	}
+	return &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerStorage,
+		Message: fmt.Sprintf("the snapshot ID %q is malformed", id), Fix: "copy it from `cay snapshot list`"}
+}
+
+// free reports whether a snapshot may be made under the ID.
+func (s snapshots) free(id cay.SnapshotID) error {
+	if err := validSnapshotID(id); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(s.path(id)); err == nil {
+		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerStorage,
+			Message: fmt.Sprintf("snapshot %s exists already", id), Fix: "use another ID"}
+	}
+	return nil
+}
+
+// begin makes an empty directory for a snapshot in the making.
+func (s snapshots) begin(id cay.SnapshotID) (memory string, err error) {
+	dir := s.path(id) + newSuffix
+	if err := os.RemoveAll(dir); err != nil {
+		return "", storageError("clear the directory of snapshot "+string(id), err)
+	}
+	memory = filepath.Join(dir, memoryName)
+	if err := os.MkdirAll(memory, 0o700); err != nil {
+		return "", storageError("make the directory of snapshot "+string(id), err)
+	}
+	return memory, nil
+}
+
+// commit makes a snapshot visible: everything is on disk before the manifest
+// is, and the rename comes last.
+func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets) error {
+	dir := s.path(m.ID) + newSuffix
+	if len(m.Memory) == 0 {
+		if err := os.Remove(filepath.Join(dir, memoryName)); err != nil {
+			return storageError("remove the empty memory of snapshot "+string(m.ID), err)
+		}
+	}
+	for _, p := range m.Memory {
+		if err := syncPath(filepath.Join(dir, memoryName, p.Name)); err != nil {
+			return storageError("write the memory of snapshot "+string(m.ID), err)
+		}
+	}
+	for name, v := range map[string]any{secretsName: sec, manifestName: m} {
+		b, err := json.MarshalIndent(v, "", "  ")
+		if err != nil {
+			return fmt.Errorf("encoding %s of snapshot %s: %w", name, m.ID, err)
+		}
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, append(b, '\n'), 0o600), syncPath(path)); err != nil {
+			return storageError("write "+name+" of snapshot "+string(m.ID), err)
+		}
+	}
+	if len(m.Memory) > 0 {
+		if err := syncPath(filepath.Join(dir, memoryName)); err != nil {
+			return storageError("publish snapshot "+string(m.ID), err)
+		}
+	}
+	if err := errors.Join(syncPath(dir), os.Rename(dir, s.path(m.ID)), syncPath(s.dir)); err != nil {
+		return storageError("publish snapshot "+string(m.ID), err)
+	}
+	return nil
+}
+
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func storageError(what string, err error) error {
+	e := &cay.Error{Code: cay.CodeDiskUnavailable, Layer: cay.LayerStorage,
+		Message: "could not " + what + ": " + err.Error(), Fix: "run `cay doctor`: its storage checks name the missing part", Err: err}
+	if errors.Is(err, syscall.ENOSPC) {
+		e.Code, e.Message = cay.CodeDiskFull, "no room is left to "+what
+		e.Fix = "free space on the file system of the data directory; the sandbox runs on"
+	}
+	return e
+}
+
+// abandon removes a snapshot in the making; one that is whole stays.
+func (s snapshots) abandon(id cay.SnapshotID) error {
+	return os.RemoveAll(s.path(id) + newSuffix)
+}
+
+// load reads a manifest. No manifest is CodeNotFound; one that cannot be used
+// names why.
+func (s snapshots) load(id cay.SnapshotID) (cay.Snapshot, snapshotSecrets, error) {
+	var m cay.Snapshot
+	var sec snapshotSecrets
+	if err := validSnapshotID(id); err != nil {
+		return m, sec, err
+	}
+	for name, v := range map[string]any{manifestName: &m, secretsName: &sec} {
+		b, err := os.ReadFile(s.path(id, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			if _, serr := os.Stat(s.path(id)); errors.Is(serr, fs.ErrNotExist) {
+				return m, sec, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
+					Message: fmt.Sprintf("no snapshot %s on this node", id), Fix: "`cay snapshot list` shows those there are"}
+			}
+		}
+		if err == nil {
+			err = json.Unmarshal(b, v)
+		}
+		if err != nil {
+			return m, sec, errCorrupt(id, name, err.Error(), err)
+		}
+	}
+	switch {
+	case m.Format != cay.SnapshotFormat:
+		return m, sec, &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
+			Message: fmt.Sprintf("snapshot %s has format %d; this build reads format %d", id, m.Format, cay.SnapshotFormat),
+			Fix:     "use the version of Cay that wrote it"}
+	case m.ID != id || sec.ControlToken == "" || m.Disk.Name == "":
+		return m, sec, errCorrupt(id, manifestName, "it is not complete", nil)
+	}
+	return m, sec, nil
+}
+
+func errCorrupt(id cay.SnapshotID, part, why string, err error) error {
+	return &cay.Error{Code: cay.CodeSnapshotCorrupt, Layer: cay.LayerStorage,
+		Message: fmt.Sprintf("part %s of snapshot %s is damaged: %s", part, id, why),
+		Fix:     "restore that part from a backup; when it is a part of the memory, a cold start (memory: false) uses the disk alone",
+		Detail:  map[string]string{"snapshot": string(id), "part": part}, Err: err}
+}
+
+// list returns every whole snapshot, and an error per one that cannot be read.
+func (s snapshots) list() ([]cay.Snapshot, []error) {
+	ents, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, []error{fmt.Errorf("reading the snapshots: %w", err)}
+	}
+	var out []cay.Snapshot
+	var errs []error
+	for _, e := range ents {
+		id := cay.SnapshotID(e.Name())
+		if validSnapshotID(id) != nil {
+			continue
+		}
+		m, _, err := s.load(id)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		out = append(out, m)
+	}
+	return out, errs
+}
+
+// remove takes a snapshot away, manifest first: what a crash leaves is no
+// snapshot. An unknown one is no error.
+func (s snapshots) remove(id cay.SnapshotID) error {
+	if err := validSnapshotID(id); err != nil {
+		return err
+	}
+	dir := s.path(id)
+	if err := os.Rename(dir, dir+newSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return storageError("remove snapshot "+string(id), err)
+	}
+	if err := s.abandon(id); err != nil {
+		return storageError("remove snapshot "+string(id), err)
+	}
+	return nil
+}
+
+// dropHalf removes what a crash left in the making.
+func (s snapshots) dropHalf(keep map[cay.SnapshotID]bool) error {
+	ents, err := os.ReadDir(s.dir)
+	if err != nil {
+		return fmt.Errorf("reading the snapshots: %w", err)
+	}
+	var errs []error
+	for _, e := range ents {
+		if id, half := strings.CutSuffix(e.Name(), newSuffix); half && !keep[cay.SnapshotID(id)] {
+			errs = append(errs, os.RemoveAll(filepath.Join(s.dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// measure describes the files the engine wrote.
+func measure(ctx context.Context, dir string) ([]cay.SnapshotPart, error) {
+	ents, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	parts := make([]cay.SnapshotPart, len(ents))
+	var eg errgroup.Group
+	for i, e := range ents {
+		eg.Go(func() (err error) {
+			parts[i], err = measureFile(ctx, filepath.Join(dir, e.Name()))
+			return err
+		})
+	}
+	return parts, eg.Wait()
+}
+
+func measureFile(ctx context.Context, path string) (cay.SnapshotPart, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return cay.SnapshotPart{}, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	n, err := io.CopyBuffer(h, readerWithContext{ctx, f}, make([]byte, 1<<20))
+	if err != nil {
+		return cay.SnapshotPart{}, fmt.Errorf("reading %s: %w", path, err)
+	}
+	return cay.SnapshotPart{Name: filepath.Base(path), SizeBytes: n, Digest: cay.Digest("sha256:" + hex.EncodeToString(h.Sum(nil)))}, nil
+}
+
+// readerWithContext ends a long read with its context. It hides the file's
+// WriterTo, which would not look.
+type readerWithContext struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (r readerWithContext) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}
+
+// stamp identifies the content of a file by what the file system changes with
+// every write.
+func stamp(path string) (cay.SnapshotPart, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return cay.SnapshotPart{}, err
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return cay.SnapshotPart{}, fmt.Errorf("%s has no inode", path)
+	}
+	return cay.SnapshotPart{Name: filepath.Base(path), SizeBytes: fi.Size(),
+		Stamp: fmt.Sprintf("%d-%d.%09d-%d.%09d-%d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec, st.Ctim.Sec, st.Ctim.Nsec, st.Blocks)}, nil
+}
+
+// checkMemory compares the files of the memory with the manifest, byte by byte.
+func (s snapshots) checkMemory(ctx context.Context, m cay.Snapshot) error {
+	got, err := measure(ctx, s.path(m.ID, memoryName))
+	if err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		return errCorrupt(m.ID, memoryName, err.Error(), err)
+	}
+	for _, want := range m.Memory {
+		i := slices.IndexFunc(got, func(p cay.SnapshotPart) bool { return p.Name == want.Name })
+		switch {
+		case i < 0:
+			return errCorrupt(m.ID, want.Name, "it is missing", nil)
+		case got[i].SizeBytes != want.SizeBytes:
+			return errCorrupt(m.ID, want.Name, fmt.Sprintf("it has %d bytes instead of %d", got[i].SizeBytes, want.SizeBytes), nil)
+		case got[i].Digest != want.Digest:
+			return errCorrupt(m.ID, want.Name, "its digest is "+string(got[i].Digest)+" instead of "+string(want.Digest), nil)
+		}
+	}
+	return nil
+}
+
+// checkDisk compares the saved disk with the manifest.
+func checkDisk(m cay.Snapshot, file string) error {
+	got, err := stamp(file)
+	if err != nil {
+		return errCorrupt(m.ID, m.Disk.Name, err.Error(), err)
+	}
+	if got != m.Disk {
+		return errCorrupt(m.ID, m.Disk.Name, "it was changed since it was saved", nil)
+	}
+	return nil
+}
