@@ -25,6 +25,9 @@ type settings struct {
 	workdir    string
 	lifecycle  string
 	generation string
+	// control and instance are PID 1's at first; a restored memory is told
+	// those of the guest it has become.
+	control, instance string
 
 	timestamp time.Time // the node's clock at the last init
 	anchor    time.Time // the monotonic clock then
@@ -46,6 +49,8 @@ type initRequest struct {
 	LifecycleID    string            `json:"lifecycleID"`
 	Hostname       string            `json:"hostname"`
 	Generation     string            `json:"generation"`
+	Instance       string            `json:"instance"`
+	ControlToken   string            `json:"controlToken"`
 	VolumeMounts   []json.RawMessage `json:"volumeMounts"`
 }
 
@@ -55,7 +60,7 @@ const maxInit = 4 << 20
 // Control returns the handler of the control listener.
 func (s *Server) Control() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if s.cfg.ControlToken == "" || !sameSecret(r.Header.Get(headerControl), s.cfg.ControlToken) {
+		if token := s.settings().control; token == "" || !sameSecret(r.Header.Get(headerControl), token) {
 			writeError(w, http.StatusUnauthorized, "the control token is missing or wrong")
 			return
 		}
@@ -102,7 +107,7 @@ func (s *Server) identity(w http.ResponseWriter) {
 		EnvdVersion string `json:"envdVersion"`
 		EnvdDigest  string `json:"envdDigest"`
 		Generation  string `json:"generation"`
-	}{s.cfg.Build, s.cfg.Instance, Version, digest, s.settings().generation})
+	}{s.cfg.Build, s.settings().instance, Version, digest, s.settings().generation})
 }
 
 func (s *Server) initialise(w http.ResponseWriter, r *http.Request) {
@@ -147,6 +152,12 @@ func (s *Server) apply(ctx context.Context, q initRequest) error {
 	}
 	if q.LifecycleID != "" {
 		st.lifecycle = q.LifecycleID
+	}
+	if q.Instance != "" {
+		st.instance = q.Instance
+	}
+	if q.ControlToken != "" {
+		st.control = q.ControlToken
 	}
 	changed := q.Generation != "" && q.Generation != st.generation
 	if changed {

@@ -120,7 +120,7 @@ func New(c Config) *Server {
 		log:   c.Log,
 		now:   c.Now,
 		users: &users{passwdFile: c.PasswdFile, groupFile: c.GroupFile},
-		state: settings{env: map[string]string{"E2B_SANDBOX": "true"}, user: "root"},
+		state: settings{env: map[string]string{"E2B_SANDBOX": "true"}, user: "root", control: c.ControlToken, instance: c.Instance},
 	}
 	s.procs = newProcesses(c.Log)
 	s.watchers = newWatchers()
