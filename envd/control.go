@@ -136,7 +136,11 @@ func (s *Server) apply(ctx context.Context, q initRequest) error {
 		}
 	}
 	s.mu.Lock()
-	if q.Timestamp != nil && q.Timestamp.Before(s.state.timestamp) {
+	// What is older than the last one is late, unless it is for the guest that
+	// this memory has just become: a clock that was set back must not keep it
+	// from learning that.
+	sameGuest := q.Instance == "" || q.Instance == s.state.instance
+	if sameGuest && q.Timestamp != nil && q.Timestamp.Before(s.state.timestamp) {
 		s.mu.Unlock()
 		return nil
 	}
