@@ -31,7 +31,7 @@ type metricsBody struct {
 
 func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) {
 	m := metricsBody{Timestamp: s.now().Unix(), CPUCount: runtime.NumCPU()}
-	m.CPUUsed = s.cpu.used(time.Now(), cpuTime("/proc"), m.CPUCount)
+	m.CPUUsed = s.cpu.used(sinceBoot(), cpuTime("/proc"), m.CPUCount)
 	m.MemTotal, m.MemUsed, m.MemCache = memory("/proc/meminfo")
 	m.MemTotalMiB, m.MemUsedMiB = m.MemTotal>>20, m.MemUsed>>20
 	var st unix.Statfs_t
@@ -43,26 +43,35 @@ func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) {
 	writeJSON(w, http.StatusOK, m)
 }
 
-// cpuMeter turns a growing CPU time into a share since the last question.
+// cpuMeter turns a growing CPU time into a share since the last question, or
+// since the guest's start at the first.
 type cpuMeter struct {
 	mu   sync.Mutex
-	at   time.Time
+	at   time.Duration
 	busy time.Duration
 }
 
-// used returns the share of n CPUs that was busy since the last call, in
-// percent with two decimals; 0 at the first.
-func (m *cpuMeter) used(now time.Time, busy time.Duration, n int) float64 {
+// used returns the share of n CPUs that was busy, in percent with two decimals.
+// now and busy count from the guest's start.
+func (m *cpuMeter) used(now, busy time.Duration, n int) float64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	was, before := m.at, m.busy
+	span, work := now-m.at, busy-m.busy
 	m.at, m.busy = now, busy
-	span := now.Sub(was)
-	if was.IsZero() || span <= 0 || busy < before {
+	if span <= 0 || work <= 0 || n <= 0 {
 		return 0
 	}
-	pct := 100 * float64(busy-before) / (float64(span) * float64(n))
+	pct := 100 * float64(work) / (float64(span) * float64(n))
 	return math.Round(100*min(pct, 100)) / 100
+}
+
+// sinceBoot is the age of the guest.
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts) != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
 }
 
 // tick is the unit of CPU time in /proc, USER_HZ.
@@ -96,20 +105,31 @@ func parseCPU(line string) time.Duration {
 	return time.Duration(sum) * tick
 }
 
-// memory reads /proc/meminfo: what programs hold is what they could not get.
+// memory reads /proc/meminfo. Used is what programs hold: what the kernel could
+// take back for others, as it does its caches of files, is not.
 func memory(path string) (total, used, cache uint64) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return 0, 0, 0
 	}
+	return parseMemory(string(b))
+}
+
+func parseMemory(text string) (total, used, cache uint64) {
 	v := map[string]uint64{}
-	for l := range strings.Lines(string(b)) {
+	for l := range strings.Lines(text) {
 		k, rest, ok := strings.Cut(l, ":")
-		if n, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 54); ok && err == nil {
+		if n, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 53); ok && err == nil {
 			v[k] = n << 10
 		}
 	}
 	total = v["MemTotal"]
-	used = total - min(total, v["MemAvailable"])
-	return total, used, min(v["Cached"]+v["Buffers"]+v["SReclaimable"], total)
+	cache = min(v["Cached"]+v["Buffers"]+v["SReclaimable"], total)
+	available := v["MemAvailable"]
+	if available <= v["MemFree"] {
+		// gVisor counts only what is free; files in memory (but those of
+		// tmpfs, which live nowhere else) can be had too.
+		available = v["MemFree"] + cache - min(v["Shmem"], cache)
+	}
+	return total, total - min(total, available), cache
 }

@@ -16,9 +16,11 @@ import (
 // processService answers the calls of package process.
 type processService struct{ s *Server }
 
-// Keepalives: how often a silent stream says that it lives.
+// Keepalives: how often a silent stream says that it lives. The timeout is
+// Connect's own header, in milliseconds.
 const (
 	headerKeepalive  = "Keepalive-Ping-Interval"
+	headerTimeout    = "Connect-Timeout-Ms"
 	defaultKeepalive = 90 * time.Second
 	maxKeepalive     = 24 * time.Hour
 )
@@ -34,12 +36,16 @@ func keepalive(h http.Header) time.Duration {
 }
 
 // contextError is how a stream ends that its client gave up or whose time is
-// over.
+// over; nil if neither is so.
 func contextError(ctx context.Context) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	at, ok := ctx.Deadline()
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded), ok && !time.Now().Before(at):
 		return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded)
+	case ctx.Err() != nil:
+		return connect.NewError(connect.CodeCanceled, context.Canceled)
 	}
-	return connect.NewError(connect.CodeCanceled, context.Canceled)
+	return nil
 }
 
 func (ps *processService) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
@@ -65,10 +71,9 @@ func (ps *processService) Start(ctx context.Context, req *connect.Request[pb.Sta
 	if err != nil {
 		return rpcError(err)
 	}
-	sub, _ := p.subscribe()
+	sub, _ := p.subscribe(ctx.Done())
 	if at, ok := ctx.Deadline(); ok {
-		t := time.AfterFunc(time.Until(at), p.expire)
-		go func() { <-p.done; t.Stop() }()
+		p.deadline = time.AfterFunc(time.Until(at), p.kill)
 	}
 	go p.follow(ps.s.procs)
 	err = followStream(ctx, p, sub, keepalive(req.Header()), func(ev *pb.ProcessEvent) error {
@@ -84,18 +89,22 @@ func (ps *processService) Connect(ctx context.Context, req *connect.Request[pb.C
 		return rpcError(err)
 	}
 	send := func(ev *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: ev}) }
-	sub, end := p.subscribe()
+	sub, end := p.subscribe(ctx.Done())
 	if end != nil {
 		if err := send(startEvent(p)); err != nil {
 			return err
 		}
-		return send(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: end}})
+		return send(endOf(end))
 	}
 	return rpcError(followStream(ctx, p, sub, keepalive(req.Header()), send))
 }
 
 func startEvent(p *process) *pb.ProcessEvent {
 	return &pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: p.pid}}}
+}
+
+func endOf(e *pb.ProcessEvent_EndEvent) *pb.ProcessEvent {
+	return &pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: e}}
 }
 
 // followStream sends a process's events until the end.
@@ -109,15 +118,15 @@ func followStream(ctx context.Context, p *process, sub *subscriber, every time.D
 	for {
 		select {
 		case ev := <-sub.ch:
-			if ev.GetEnd() != nil && ctx.Err() != nil {
-				return contextError(ctx)
-			}
 			if err := send(ev); err != nil {
 				return err
 			}
-			if ev.GetEnd() != nil {
-				return nil
+		case <-p.done:
+			// A program that its deadline ended did not end by itself.
+			if err := contextError(ctx); err != nil {
+				return err
 			}
+			return send(endOf(p.end))
 		case <-t.C:
 			if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
 				return err

@@ -2,6 +2,7 @@ package envd
 
 import (
 	"net/http"
+	"strconv"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -55,6 +56,7 @@ func (s *Server) Public() http.Handler {
 			writeError(w, http.StatusUnauthorized, "unauthorized access, please provide a valid access token or method signing if supported")
 			return
 		}
+		noLimit(r)
 		switch {
 		case strings.HasPrefix(path, "/"+processconnect.ProcessName+"/"):
 			process.ServeHTTP(w, r)
@@ -77,6 +79,14 @@ func (s *Server) Public() http.Handler {
 			writeError(w, http.StatusNotFound, "no such route: "+path)
 		}
 	})
+}
+
+// noLimit gives the timeout 0 the meaning it has for the clients, none.
+// Connect's own handlers would take it for a deadline that has passed.
+func noLimit(r *http.Request) {
+	if n, err := strconv.ParseInt(r.Header.Get(headerTimeout), 10, 64); err == nil && n == 0 {
+		r.Header.Del(headerTimeout)
+	}
 }
 
 // allow answers a request whose method the route does not have.

@@ -154,7 +154,7 @@ func (ps *processes) start(c command) (p *process, err error) {
 	}
 
 	p = &process{tag: c.tag, config: c.config, startedAt: time.Now(),
-		inMu: make(chan struct{}, 1), killed: make(chan struct{}), done: make(chan struct{})}
+		inMu: make(chan struct{}, 1), done: make(chan struct{})}
 	var theirs [3]*os.File
 	defer func() {
 		for i, f := range theirs {
@@ -166,12 +166,14 @@ func (ps *processes) start(c command) (p *process, err error) {
 			p.closeFiles()
 		}
 	}()
-	attr := &os.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{
+	pidfd := -1
+	sys := &syscall.SysProcAttr{
 		Setsid:     true,
 		Credential: &syscall.Credential{Uid: c.user.uid, Gid: c.user.gid, Groups: c.user.groups},
-	}}
+		PidFD:      &pidfd,
+	}
 	if os.Geteuid() != 0 {
-		attr.Sys.Credential = nil // only root can be somebody else
+		sys.Credential = nil // only root can be somebody else
 	}
 	switch {
 	case c.pty != nil:
@@ -181,7 +183,7 @@ func (ps *processes) start(c command) (p *process, err error) {
 			return nil, err
 		}
 		theirs = [3]*os.File{slave, slave, slave}
-		attr.Sys.Setctty, attr.Sys.Ctty = true, 0
+		sys.Setctty, sys.Ctty = true, 0
 	default:
 		if p.stdout, theirs[1], err = os.Pipe(); err != nil {
 			return nil, fmt.Errorf("making a pipe: %w", err)
@@ -204,26 +206,37 @@ func (ps *processes) start(c command) (p *process, err error) {
 			}
 		}
 	}
-	attr.Files = theirs[:]
-	if ps.cgroup != nil {
-		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(ps.cgroup.Fd())
+	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: sys}
+	for _, f := range theirs {
+		attr.Files = append(attr.Files, f.Fd())
+	}
+	if g := ps.group(c.tag); g != nil {
+		sys.UseCgroupFD, sys.CgroupFD = true, int(g.Fd())
 	}
 	args := append([]string{c.config.GetCmd()}, c.config.GetArgs()...)
-	p.os, err = os.StartProcess(path, args, attr)
-	if err != nil && attr.Sys.UseCgroupFD && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EAGAIN) {
+	pid, err := syscall.ForkExec(path, args, attr)
+	if err != nil && sys.UseCgroupFD && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EAGAIN) {
 		// An engine without clone3, or a cgroup that was removed.
-		attr.Sys.UseCgroupFD = false
-		p.os, err = os.StartProcess(path, args, attr)
+		sys.UseCgroupFD = false
+		pid, err = syscall.ForkExec(path, args, attr)
 	}
 	if err != nil {
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOMEM) {
 			return nil, fmt.Errorf("error starting process '%s': %w", c.config.GetCmd(), err)
 		}
-		return nil, invalid("error starting process '%s': %v", c.config.GetCmd(), err)
+		return nil, invalid("error starting process '%s': %v", c.config.GetCmd(), &os.PathError{Op: "fork/exec", Path: path, Err: err})
 	}
-	p.pid = uint32(p.os.Pid)
+	p.pid = uint32(pid)
+	if pidfd >= 0 {
+		// Only a descriptor that does not block is polled.
+		if syscall.SetNonblock(pidfd, true) == nil {
+			p.exit = os.NewFile(uintptr(pidfd), "pidfd")
+		} else {
+			unix.Close(pidfd)
+		}
+	}
 	// Best effort: the process may be gone, or the kernel may not have it.
-	os.WriteFile("/proc/"+strconv.Itoa(p.os.Pid)+"/oom_score_adj", []byte(oomScore), 0)
+	os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte(oomScore), 0)
 	ps.add(p)
 	return p, nil
 }
