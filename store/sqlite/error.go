@@ -56,9 +56,9 @@ func (s *Store) fail(what string, err error) error {
 		if de.Code()&0xff == lib.SQLITE_IOERR {
 			return say(cay.CodeStoreUnavailable, "the disk answers with an error", "look in the kernel's log (dmesg) for the disk's faults")
 		}
-		return s.failFile(what, err)
+		return s.failFile(what, errors.Join(unix.Access(filepath.Dir(s.path), unix.W_OK), err))
 	case lib.SQLITE_READONLY, lib.SQLITE_PERM:
-		return s.failFile(what, fs.ErrPermission)
+		return s.failFile(what, errors.Join(fs.ErrPermission, err))
 	case lib.SQLITE_BUSY, lib.SQLITE_LOCKED:
 		return say(cay.CodeStoreUnavailable, "another process has held the database for too long", "find it with `fuser "+s.path+"` and end it")
 	case lib.SQLITE_INTERRUPT:

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -257,10 +258,10 @@ func (s *Store) CountSandboxes(ctx context.Context, t cay.TeamID, states ...cay.
 	}
 	var n int64
 	err = s.read("count the sandboxes", func(q *gen.Queries) (err error) {
-		if len(states) == 0 {
-			n, err = q.CountLive(ctx, string(t))
+		if slices.Contains(states, cay.StateEnded) {
+			n, err = q.CountAny(ctx, gen.CountAnyParams{TeamID: string(t), States: in})
 		} else {
-			n, err = q.CountSandboxes(ctx, gen.CountSandboxesParams{TeamID: string(t), States: in})
+			n, err = q.CountLive(ctx, gen.CountLiveParams{TeamID: string(t), States: in})
 		}
 		return err
 	})

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,7 +36,8 @@ type Store struct {
 	Now func() time.Time
 
 	path string
-	mu   sync.Mutex // serialises Open and Close
+	busy time.Duration // how long to wait for another process, a backup say
+	mu   sync.Mutex    // serialises Open and Close
 	open atomic.Pointer[pools]
 }
 
@@ -44,7 +46,7 @@ var _ store.Store = (*Store)(nil)
 // New returns a store for the file at path, which Open makes if it is absent.
 // Its directory must exist. Beside it are path-wal and path-shm: the three
 // belong together.
-func New(path string) *Store { return &Store{Now: time.Now, path: path} }
+func New(path string) *Store { return &Store{Now: time.Now, path: path, busy: 5 * time.Second} }
 
 type pools struct {
 	write, read *sql.DB
@@ -59,9 +61,6 @@ func (p *pools) close() error {
 	return errors.Join(p.read.Close(), p.write.Close())
 }
 
-// busyTimeout is how long to wait for another process, a backup say.
-const busyTimeout = "5000"
-
 // dsn names the file to the driver. The path is escaped, since the driver takes
 // what follows a question mark for options.
 func (s *Store) dsn(options url.Values) (string, error) {
@@ -69,7 +68,7 @@ func (s *Store) dsn(options url.Values) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	options.Set("_busy_timeout", busyTimeout)
+	options.Set("_busy_timeout", strconv.FormatInt(s.busy.Milliseconds(), 10))
 	options.Set("_foreign_keys", "1")
 	options.Set("_dqs", "0")
 	options.Set("_error_rc", "1")
@@ -136,13 +135,16 @@ func (s *Store) Open(ctx context.Context) error {
 // of another connection of this process.
 func (s *Store) create() error {
 	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		return nil
+	if err == nil {
+		return f.Close()
 	}
-	if err != nil {
+	if !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return f.Close()
+	if fi, err := os.Stat(s.path); err != nil || fi.Mode().IsRegular() {
+		return err
+	}
+	return errors.New("it is no regular file")
 }
 
 func (s *Store) checkWAL(ctx context.Context, db *sql.DB) error {

@@ -548,6 +548,8 @@ func count(f fixture) {
 		{teamID(0), []cay.SandboxState{cay.StateRunning}, 2},
 		{teamID(0), []cay.SandboxState{cay.StateRunning, cay.StateStarting}, 3},
 		{teamID(0), []cay.SandboxState{cay.StateEnded}, 1},
+		{teamID(0), []cay.SandboxState{cay.StateEnded, cay.StateRunning}, 3},
+		{"", []cay.SandboxState{cay.StateEnded, cay.StateKilling}, 4},
 		{teamID(0), []cay.SandboxState{"paused"}, 0},
 		{"", nil, 8},
 		{"", []cay.SandboxState{cay.StateRunning}, 4},

@@ -74,6 +74,24 @@ func (q *Queries) AddSandbox(ctx context.Context, arg AddSandboxParams) error {
 	return err
 }
 
+const countAny = `-- name: CountAny :one
+SELECT count(*) FROM sandboxes
+WHERE (CAST(?1 AS TEXT) = '' OR team_id = ?1)
+  AND state IN (SELECT value FROM json_each(CAST(?2 AS TEXT)))
+`
+
+type CountAnyParams struct {
+	TeamID string
+	States string
+}
+
+func (q *Queries) CountAny(ctx context.Context, arg CountAnyParams) (int64, error) {
+	row := q.db.QueryRowContext(ctx, countAny, arg.TeamID, arg.States)
+	var count int64
+	err := row.Scan(&count)
+	return count, err
+}
+
 const countHeld = `-- name: CountHeld :one
 SELECT count(*) FROM sandboxes
 WHERE team_id = ?1 AND state <> 'ended' AND state IN ('starting', 'running', 'killing')
@@ -89,29 +107,18 @@ func (q *Queries) CountHeld(ctx context.Context, teamID string) (int64, error) {
 
 const countLive = `-- name: CountLive :one
 SELECT count(*) FROM sandboxes
-WHERE state <> 'ended' AND (CAST(?1 AS TEXT) = '' OR team_id = ?1)
+WHERE state <> 'ended'
+  AND (CAST(?1 AS TEXT) = '' OR team_id = ?1)
+  AND (CAST(?2 AS TEXT) = '[]' OR state IN (SELECT value FROM json_each(?2)))
 `
 
-func (q *Queries) CountLive(ctx context.Context, teamID string) (int64, error) {
-	row := q.db.QueryRowContext(ctx, countLive, teamID)
-	var count int64
-	err := row.Scan(&count)
-	return count, err
-}
-
-const countSandboxes = `-- name: CountSandboxes :one
-SELECT count(*) FROM sandboxes
-WHERE (CAST(?1 AS TEXT) = '' OR team_id = ?1)
-  AND state IN (SELECT value FROM json_each(CAST(?2 AS TEXT)))
-`
-
-type CountSandboxesParams struct {
+type CountLiveParams struct {
 	TeamID string
 	States string
 }
 
-func (q *Queries) CountSandboxes(ctx context.Context, arg CountSandboxesParams) (int64, error) {
-	row := q.db.QueryRowContext(ctx, countSandboxes, arg.TeamID, arg.States)
+func (q *Queries) CountLive(ctx context.Context, arg CountLiveParams) (int64, error) {
+	row := q.db.QueryRowContext(ctx, countLive, arg.TeamID, arg.States)
 	var count int64
 	err := row.Scan(&count)
 	return count, err

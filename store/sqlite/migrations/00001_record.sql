@@ -34,7 +34,7 @@ CREATE TABLE templates (
     spawn_count     INTEGER NOT NULL DEFAULT 0,
     UNIQUE (team_id, name)
 );
-CREATE INDEX templates_public ON templates (name, created_at, id) WHERE public = 1;
+CREATE INDEX templates_name ON templates (name);
 CREATE INDEX templates_created ON templates (created_at, id);
 
 CREATE TABLE builds (

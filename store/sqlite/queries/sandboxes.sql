@@ -55,14 +55,16 @@ WHERE s.state <> 'ended'
 ORDER BY s.started_at, s.id
 LIMIT @max;
 
--- name: CountSandboxes :one
+-- name: CountLive :one
+SELECT count(*) FROM sandboxes
+WHERE state <> 'ended'
+  AND (CAST(@team_id AS TEXT) = '' OR team_id = @team_id)
+  AND (CAST(@states AS TEXT) = '[]' OR state IN (SELECT value FROM json_each(@states)));
+
+-- name: CountAny :one
 SELECT count(*) FROM sandboxes
 WHERE (CAST(@team_id AS TEXT) = '' OR team_id = @team_id)
   AND state IN (SELECT value FROM json_each(CAST(@states AS TEXT)));
-
--- name: CountLive :one
-SELECT count(*) FROM sandboxes
-WHERE state <> 'ended' AND (CAST(@team_id AS TEXT) = '' OR team_id = @team_id);
 
 -- name: PruneSandboxes :execrows
 DELETE FROM sandboxes WHERE state = 'ended' AND ended_at < @before;
