@@ -321,7 +321,7 @@ func receiver(e ast.Expr) string {
 // itself.
 func (c *checker) ambient(d *Dir, f *File) {
 	switch c.kinds[d.Path] {
-	case Command, Generated, Test:
+	case Command, Generated, Test, Suite:
 		return
 	}
 	if slices.Contains(f.Imports(), "flag") && !c.excepted(c.Ambient, f.Name, "flag") {
@@ -358,7 +358,7 @@ var (
 // literals: paths of a host, UUIDs and names of templates come from outside.
 func (c *checker) literals(d *Dir, f *File) {
 	switch c.kinds[d.Path] {
-	case Command, Generated, Test, Data:
+	case Command, Generated, Test, Suite, Data:
 		return
 	}
 	if strings.HasPrefix(f.Name, "internal/lint/") {
