@@ -22,6 +22,8 @@ const (
 	// copyBuffer is what one transfer holds in memory, beside the buffers of
 	// HTTP.
 	copyBuffer = 128 << 10
+	// lingerTime is how long a refused body is still read.
+	lingerTime = 10 * time.Second
 	// maxNames bounds the paths of one upload together, in bytes.
 	maxNames = 8 << 20
 )
@@ -51,10 +53,25 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	// Whoever watches sees the files once the client knows of them.
 	s.watchers.settle()
 	if err != nil {
-		writeFault(w, err)
+		refuse(w, r, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, files)
+}
+
+// refuse answers with an error and then reads on for a while. Most clients
+// send everything before they look for an answer, and closing a connection on
+// data that nobody read destroys the answer on its way.
+func refuse(w http.ResponseWriter, r *http.Request, err error) {
+	rc := http.NewResponseController(w)
+	if r.ProtoMajor == 1 {
+		rc.EnableFullDuplex() // or the answer would wait for the body
+	}
+	writeFault(w, err)
+	if r.ProtoMajor == 1 && rc.Flush() == nil && rc.SetReadDeadline(time.Now().Add(lingerTime)) == nil {
+		copyOut(io.Discard, r.Body, false)
+		rc.SetReadDeadline(time.Time{})
+	}
 }
 
 // receive writes the files of a request.
