@@ -24,14 +24,14 @@ const EnvdPort = 49983
 // Client speaks to a server as the contract says, without an SDK, and without
 // the product's own code.
 type Client struct {
-	API, Proxy, Key string
+	API, Proxy, Key, Admin string
 	// HTTP is the client's own, so that a test can end its connections.
 	HTTP *http.Client
 }
 
 // Client returns a client with the server's first key.
 func (s *Server) Client() *Client {
-	return &Client{API: s.API, Proxy: s.Proxy, Key: s.Key, HTTP: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}}
+	return &Client{API: s.API, Proxy: s.Proxy, Key: s.Key, Admin: s.Admin, HTTP: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}}
 }
 
 // Vanish closes the client's idle connections.
@@ -77,7 +77,11 @@ func (c *Client) Call(ctx context.Context, method, path string, in, out any) err
 	if err != nil {
 		return err
 	}
-	req.Header.Set("X-API-Key", c.Key)
+	if strings.HasPrefix(path, "/operator/") {
+		req.Header.Set("X-Admin-Token", c.Admin)
+	} else {
+		req.Header.Set("X-API-Key", c.Key)
+	}
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.HTTP.Do(req)
 	if err != nil {
@@ -143,6 +147,18 @@ func (s *Sandbox) Kill(ctx context.Context) error {
 func (c *Client) Get(ctx context.Context, id string) (*Sandbox, error) {
 	s := &Sandbox{client: c}
 	return s, c.Call(ctx, http.MethodGet, "/sandboxes/"+id, nil, s)
+}
+
+// Record is what the operator sees of a sandbox, also of one that has ended.
+type Record struct {
+	State, EndReason, EndMessage string
+	EndedAt                      *time.Time
+}
+
+// Record asks for a sandbox's record.
+func (c *Client) Record(ctx context.Context, id string) (Record, error) {
+	var out struct{ Record Record }
+	return out.Record, c.Call(ctx, http.MethodGet, "/operator/v1/sandboxes/"+id, nil, &out)
 }
 
 // List asks the API for all running sandboxes.

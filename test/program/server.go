@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cayhq/cay/test/invariant"
 )
 
 // Options say how a server is run.
@@ -59,6 +61,11 @@ func EngineCgroup(dataDir string) string {
 func HostTag(dataDir string) string {
 	sum := sha256.Sum256([]byte(dataDir))
 	return hex.EncodeToString(sum[:])[:6]
+}
+
+// Scope is where a server of the data directory leaves traces.
+func Scope(dataDir string) invariant.Scope {
+	return invariant.Scope{DataDir: dataDir, Cgroups: []string{EngineCgroup(dataDir)}, Dirs: []string{"/run/netns", "/run/cay", dataDir + ".tmp"}}
 }
 
 var serial atomic.Int32
@@ -210,6 +217,9 @@ func (s *Server) parseReady(line string) error {
 	s.Key, s.Admin, s.Team = c.APIKey, c.AdminToken, c.TeamID
 	return nil
 }
+
+// SetArgs replaces the further arguments of the next Up.
+func (s *Server) SetArgs(args ...string) { s.opts.Args = args }
 
 // PID is the server's process.
 func (s *Server) PID() int { return s.cmd.Process.Pid }

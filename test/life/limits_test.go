@@ -1,0 +1,167 @@
+package life
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cayhq/cay/test/program"
+)
+
+// neighbour is a sandbox that works all the time while another one misbehaves.
+type neighbour struct {
+	box  *program.Sandbox
+	stop context.CancelFunc
+	done chan struct{}
+
+	mu    sync.Mutex
+	times []time.Duration
+	err   error
+}
+
+func watchNeighbour(t *testing.T, c *program.Client) *neighbour {
+	t.Helper()
+	n := &neighbour{box: c.Make(t, 10*time.Minute, nil), done: make(chan struct{})}
+	n.box.Out(t, "echo mine > ~/mine")
+	ctx, stop := context.WithCancel(t.Context())
+	n.stop = stop
+	go func() {
+		defer close(n.done)
+		for ctx.Err() == nil {
+			began := time.Now()
+			r, err := n.box.Exec(ctx, "", "cat ~/mine && echo more >> ~/other && rm ~/other")
+			if ctx.Err() != nil {
+				return
+			}
+			if err == nil && (r.Code != 0 || r.Stdout != "mine\n") {
+				err = errors.New(r.String())
+			}
+			n.mu.Lock()
+			n.times = append(n.times, time.Since(began))
+			n.err = errors.Join(n.err, err)
+			n.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return n
+}
+
+// check ends the watch: the neighbour worked all the time, and never waited
+// long.
+func (n *neighbour) check(t *testing.T) {
+	t.Helper()
+	n.stop()
+	<-n.done
+	if n.err != nil {
+		t.Errorf("the neighbour: %v", n.err)
+	}
+	var longest time.Duration
+	for _, d := range n.times {
+		longest = max(longest, d)
+	}
+	t.Logf("the neighbour ran %d commands meanwhile, the slowest in %s", len(n.times), longest.Round(time.Millisecond))
+	if len(n.times) == 0 || longest > 10*time.Second {
+		t.Error("the neighbour was kept from its work")
+	}
+	if out := n.box.Out(t, "cat ~/mine"); out != "mine\n" {
+		t.Errorf("the neighbour's file has %q", out)
+	}
+}
+
+// What a guest writes is on disk: 2 GiB fit into a sandbox with 512 MiB of
+// memory. At its disk's limit the guest is told so, and nobody else notices.
+func TestDiskLimit(t *testing.T) {
+	server := program.Start(t, program.Options{MemoryMB: 512, DiskMB: 2560})
+	c := server.Client()
+	n := watchNeighbour(t, c)
+	s := c.Make(t, 10*time.Minute, nil)
+	out := s.Out(t, `cd ~ && dd if=/dev/zero of=big bs=1M count=2047 status=none && printf 'the very end' >> big && stat -c %s big && tail -c 12 big`)
+	if want := fmt.Sprintf("%d\nthe very end", 2047<<20+12); out != want {
+		t.Errorf("a file of 2 GiB: %q, want %q", out, want)
+	}
+	// More than is left, in /tmp: the same disk.
+	r, err := s.Exec(t.Context(), "", `dd if=/dev/zero of=/tmp/more bs=1M count=1024 status=none`)
+	if err != nil || r.Code != 1 || !strings.Contains(r.Stderr, "No space left on device") {
+		t.Errorf("beyond the disk's limit: %v, %s", err, r)
+	}
+	err = s.Write(t.Context(), "/tmp/upload", bytes.Repeat([]byte("x"), 8<<20))
+	if r := refusal(t, err, http.StatusInsufficientStorage); r.Code != http.StatusInsufficientStorage {
+		t.Errorf("an upload beyond the limit says %q", r.Body)
+	}
+	if out := s.Out(t, "rm ~/big /tmp/more && echo again > ~/small && cat ~/small"); out != "again\n" {
+		t.Errorf("with room again, the guest reads %q", out)
+	}
+	n.check(t)
+}
+
+// A guest that eats its memory is ended, with a reason, and alone.
+func TestMemoryLimit(t *testing.T) {
+	server := program.Start(t, program.Options{MemoryMB: 512})
+	c := server.Client()
+	n := watchNeighbour(t, c)
+	s := c.Make(t, 10*time.Minute, nil)
+	_, err := s.Exec(t.Context(), "", `python3 -c '
+blocks = []
+while True:
+    blocks.append(b"x" * (16 << 20))
+'`)
+	t.Logf("the client of the eater sees: %v", err)
+	var rec program.Record
+	program.Eventually(t, 20*time.Second, func() (said string) {
+		var err error
+		rec, err = c.Record(t.Context(), s.ID)
+		if err != nil || rec.State != "ended" {
+			return fmt.Sprintf("the eater's record is %+v, %v", rec, err)
+		}
+		return ""
+	})
+	if rec.EndReason != "oom" || !strings.Contains(rec.EndMessage, "memory") || !strings.Contains(rec.EndMessage, "512") {
+		t.Errorf("the API says of the eater: %+v", rec)
+	}
+	if said := gone(t.Context(), c, s); said != "" {
+		t.Error(said)
+	}
+	n.check(t)
+}
+
+// A guest that forks without end has no more processes than it may, and hurts
+// nobody else. It goes on afterwards, or has been ended with that reason.
+func TestProcessLimit(t *testing.T) {
+	server := program.Start(t, program.Options{MemoryMB: 512})
+	c := server.Client()
+	n := watchNeighbour(t, c)
+	s := c.Make(t, 10*time.Minute, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err := s.Exec(ctx, "", `bomb() { bomb | bomb & }; bomb; sleep 8`)
+	t.Logf("the client of the bomb sees: %v", err)
+	rec, err := c.Record(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch {
+	case rec.State == "ended" && (rec.EndReason == "pids" || rec.EndReason == "oom") && rec.EndMessage != "":
+		t.Logf("it was ended: %s", rec.EndMessage)
+	case rec.State == "ended":
+		t.Errorf("the API says of the bomb: %+v", rec)
+	default:
+		// It runs: its owner can still reach and end it.
+		if _, err := c.Get(t.Context(), s.ID); err != nil {
+			t.Errorf("the API says of the bomb, which runs: %v", err)
+		}
+	}
+	n.check(t)
+	if rec.State != "ended" {
+		if err := s.Kill(t.Context()); err != nil {
+			t.Errorf("killing the bomb: %v", err)
+		}
+	}
+}
