@@ -158,6 +158,9 @@ func move(ctx context.Context, from, to string) error {
 		return invalid("the root directory cannot be moved or replaced")
 	}
 	dir, err := makeDirs(filepath.Dir(to))
+	if isNotExist(err) {
+		return invalid("a parent of '%s' is not a directory", to)
+	}
 	if err != nil {
 		return fmt.Errorf("making the parents of '%s': %w", to, err)
 	}
