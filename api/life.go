@@ -1,0 +1,414 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/store"
+)
+
+// life moves sandboxes through their states. The record in the store says which
+// state a sandbox is in, and every move is one UpdateSandbox that checks the
+// state it leaves; so two movers never both win. What a move entails on the
+// node may be repeated, and is, until it works.
+//
+//	starting ── create ──▶ running ── kill, deadline ──▶ killing ──▶ ended
+//	    └─ start failed, killed ───────────────────────────┴────────▶
+//
+// Lock order: one of turns, then clock.mu, then mu. None is held while a node
+// is killed or created.
+type life struct {
+	store store.Store
+	node  cay.Node
+	log   *slog.Logger
+	clock clock
+	began time.Time // wall clock
+
+	// turns keep the deadlines of one sandbox in the same order in the store,
+	// in the schedule and on the node.
+	turns [64]sync.Mutex
+
+	mu     sync.Mutex
+	starts map[cay.SandboxID]*start // creates of this process
+	due    schedule
+	tries  map[cay.SandboxID]int // failed tries to end a sandbox
+	kick   chan struct{}         // wakes whoever waits for the schedule
+
+	ends endQueue
+}
+
+// start is a create under way in this process.
+type start struct {
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed when the outcome is on record, or due
+}
+
+// Bounds of what happens away from a request's own time.
+const (
+	recordTimeout = 15 * time.Second // one write to the store
+	killTimeout   = 40 * time.Second // one try to end a sandbox
+	tellTimeout   = 5 * time.Second  // telling the node a deadline
+	// deadlineSlack is how far the node's copy of a deadline may be off.
+	deadlineSlack = time.Second
+)
+
+func newLife(st store.Store, node cay.Node, now func() time.Time, log *slog.Logger) *life {
+	l := &life{store: st, node: node, log: log, began: now().Round(0),
+		starts: map[cay.SandboxID]*start{}, tries: map[cay.SandboxID]int{}, kick: make(chan struct{}, 1)}
+	l.clock.init(now)
+	l.clock.rebase = l.rebase
+	l.due.init()
+	l.ends.init()
+	return l
+}
+
+func (l *life) now() time.Time { return l.clock.now() }
+
+// turn returns the lock of a sandbox's deadline.
+func (l *life) turn(id cay.SandboxID) *sync.Mutex {
+	var h uint32 = 2166136261
+	for i := range len(id) {
+		h = (h ^ uint32(id[i])) * 16777619
+	}
+	return &l.turns[h%uint32(len(l.turns))]
+}
+
+// Reasons why a change of a record is refused. They never leave the package.
+var (
+	errOver     = errors.New("the sandbox has ended")
+	errNotDue   = errors.New("the deadline was moved")
+	errNotMoved = errors.New("the sandbox is in another state")
+)
+
+var (
+	errKilledInStart = &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerPlacement,
+		Message: "it was killed while it started", Fix: "create a new one"}
+	errClientGone = &cay.Error{Code: cay.CodeInternal, Layer: cay.LayerAPI,
+		Message: "the client closed the connection before it was ready", Fix: "create a new one, and wait up to 60 s for it"}
+)
+
+// create records a sandbox, starts it on the node, and returns when it runs.
+// timeout counts from then. After an error nothing of it is left, or will be
+// within seconds. If ctx ends, the client can't learn the ID: it is rolled back.
+func (l *life) create(ctx context.Context, team cay.Team, rec store.Sandbox, cfg cay.SandboxConfig, timeout time.Duration) (store.Sandbox, error) {
+	run, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	st := &start{cancel: cancel, done: make(chan struct{})}
+	l.mu.Lock()
+	l.starts[rec.ID] = st
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		delete(l.starts, rec.ID)
+		l.mu.Unlock()
+		close(st.done)
+	}()
+
+	// Not bound to the client: a record must not be left in doubt.
+	keep, stop := detached(ctx, recordTimeout)
+	defer stop()
+	rec.State = cay.StateStarting
+	rec.CreatedAt = l.now()
+	rec.StartedAt = rec.CreatedAt
+	l.limit(&rec, team, timeout)
+	cfg.Deadline = rec.Deadline
+	if err := l.store.AddSandbox(keep, rec, team.Limits.ConcurrentSandboxes); err != nil {
+		return rec, err
+	}
+	made, err := l.node.Create(run, cfg)
+	created := err == nil
+	if err == nil {
+		rec, err = l.markRunning(ctx, team, rec, made, timeout)
+	}
+	if err == nil && run.Err() != nil {
+		err = context.Cause(run)
+	}
+	if err == nil {
+		return rec, nil
+	}
+	return rec, l.rollBack(ctx, run, rec.ID, created, err)
+}
+
+// limit sets the deadlines of a sandbox that starts at rec.StartedAt.
+func (l *life) limit(rec *store.Sandbox, team cay.Team, timeout time.Duration) {
+	rec.MaxDeadline = rec.StartedAt.Add(maxLength(team))
+	rec.Deadline = earlier(rec.StartedAt.Add(timeout), rec.MaxDeadline)
+}
+
+// markRunning records that a sandbox runs, and schedules its end.
+func (l *life) markRunning(ctx context.Context, team cay.Team, rec store.Sandbox, made cay.NodeSandbox, timeout time.Duration) (store.Sandbox, error) {
+	ctx, stop := detached(ctx, recordTimeout)
+	defer stop()
+	turn := l.turn(rec.ID)
+	turn.Lock()
+	defer turn.Unlock()
+	began, told := l.now(), rec.Deadline
+	rec, err := l.store.UpdateSandbox(ctx, rec.ID, func(s *store.Sandbox) error {
+		switch s.State {
+		case cay.StateStarting:
+		case cay.StateKilling:
+			return errKilledInStart
+		default:
+			return &cay.Error{Code: cay.CodeGuestExited, Layer: cay.LayerGuest,
+				Message: "it ended while it started: " + endText(s.EndReason, s.EndMessage), Fix: "try again"}
+		}
+		s.State, s.StartedAt = cay.StateRunning, began
+		if made.EnvdVersion != "" {
+			s.EnvdVersion = made.EnvdVersion
+		}
+		l.limit(s, team, timeout)
+		return nil
+	})
+	if err != nil {
+		return rec, err
+	}
+	l.plan(rec.ID, rec.Deadline)
+	if d := rec.Deadline.Sub(told); d > deadlineSlack {
+		l.tellNode(ctx, rec.ID, rec.Deadline)
+	}
+	return rec, nil
+}
+
+// rollBack removes a sandbox that could not be made, and returns why.
+func (l *life) rollBack(ctx, run context.Context, id cay.SandboxID, created bool, err error) error {
+	// Whoever ended the start says why; what the node makes of it is noise.
+	if cause := context.Cause(run); run.Err() != nil && !errors.Is(cause, context.DeadlineExceeded) {
+		err = cause
+	}
+	if errors.Is(err, context.Canceled) {
+		err = errClientGone
+	}
+	message := err.Error()
+	var e *cay.Error
+	if errors.As(err, &e) {
+		message = e.Message
+	}
+	ctx, stop := detached(ctx, killTimeout)
+	defer stop()
+	if created {
+		if kerr := l.killOnNode(ctx, id, cay.EndStartFailed); kerr != nil {
+			l.log.Error("removing a sandbox that could not be made; trying again", "sandbox", id, "error", kerr)
+			l.mark(ctx, id, cay.StateKilling, cay.EndStartFailed, message)
+			l.plan(id, l.now().Add(retryFirst))
+			return err
+		}
+	}
+	l.mark(ctx, id, cay.StateEnded, cay.EndStartFailed, message)
+	return err
+}
+
+// mark moves a record to killing or ended, unless it is there already. A record
+// that is being killed keeps its reason. What the store refuses is done later.
+func (l *life) mark(ctx context.Context, id cay.SandboxID, to cay.SandboxState, reason cay.EndReason, message string) {
+	now := l.now()
+	_, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+		if s.State == cay.StateEnded || s.State == to {
+			return errNotMoved
+		}
+		setEnd(s, to, reason, message, now)
+		return nil
+	})
+	if err == nil || errors.Is(err, errNotMoved) || cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return
+	}
+	l.log.Error("recording the end of a sandbox; trying again", "sandbox", id, "error", err)
+	l.plan(id, now.Add(retryFirst))
+}
+
+// setEnd moves a record towards its end. The first reason counts.
+func setEnd(s *store.Sandbox, to cay.SandboxState, reason cay.EndReason, message string, now time.Time) {
+	if s.State != cay.StateKilling {
+		s.EndReason, s.EndMessage = reason, message
+	}
+	s.State = to
+	if to == cay.StateEnded {
+		s.EndedAt = now
+	}
+}
+
+// kill ends a sandbox of a team (of any, if team is empty). When it returns nil
+// nothing of the sandbox runs and its end is on record. After an error the kill
+// goes on by itself. A sandbox that has ended is [cay.CodeSandboxNotFound].
+func (l *life) kill(ctx context.Context, team cay.TeamID, id cay.SandboxID, reason cay.EndReason, message string) error {
+	// The client may go: a kill that began is finished.
+	ctx, stop := detached(ctx, killTimeout)
+	defer stop()
+	now := l.now()
+	rec, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+		if s.State == cay.StateEnded || team != "" && s.Team != team {
+			return errOver
+		}
+		setEnd(s, cay.StateKilling, reason, message, now)
+		return nil
+	})
+	if errors.Is(err, errOver) || cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return errNoSandbox(id)
+	}
+	if err != nil {
+		return err
+	}
+	if err := l.finish(ctx, id, rec.EndReason); err != nil {
+		l.plan(id, l.now().Add(retryFirst))
+		return fmt.Errorf("ending sandbox %s: %w", id, err)
+	}
+	return nil
+}
+
+// finish ends a sandbox whose record says killing.
+func (l *life) finish(ctx context.Context, id cay.SandboxID, reason cay.EndReason) error {
+	l.mu.Lock()
+	st := l.starts[id]
+	l.mu.Unlock()
+	if st != nil {
+		st.cancel(errKilledInStart)
+		select {
+		case <-st.done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	if err := l.killOnNode(ctx, id, reason); err != nil {
+		return err
+	}
+	now := l.now()
+	_, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+		if s.State == cay.StateEnded {
+			return errNotMoved // the node's own report was faster
+		}
+		setEnd(s, cay.StateEnded, reason, "", now)
+		return nil
+	})
+	if err != nil && !errors.Is(err, errNotMoved) && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		return err
+	}
+	l.unplan(id)
+	return nil
+}
+
+// killOnNode ends a sandbox on the node; one that isn't there is no error.
+func (l *life) killOnNode(ctx context.Context, id cay.SandboxID, reason cay.EndReason) error {
+	err := l.node.Kill(ctx, id, reason)
+	if cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return nil
+	}
+	return err
+}
+
+// setDeadline changes a running sandbox's deadline to what f makes of the
+// record and the present, within the team's limit.
+func (l *life) setDeadline(ctx context.Context, team cay.TeamID, id cay.SandboxID, f func(s *store.Sandbox, now time.Time) time.Time) (store.Sandbox, error) {
+	ctx, stop := detached(ctx, recordTimeout)
+	defer stop()
+	turn := l.turn(id)
+	turn.Lock()
+	defer turn.Unlock()
+	now := l.now()
+	rec, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+		if s.State == cay.StateEnded || s.Team != team {
+			return errOver
+		}
+		if s.State != cay.StateRunning {
+			return errTransition(id, s.State)
+		}
+		s.Deadline = earlier(f(s, now), s.MaxDeadline)
+		return nil
+	})
+	if errors.Is(err, errOver) || cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return rec, errNoSandbox(id)
+	}
+	if err != nil {
+		return rec, err
+	}
+	l.plan(id, rec.Deadline)
+	if rec.Deadline.After(now) {
+		l.tellNode(ctx, id, rec.Deadline)
+	}
+	return rec, nil
+}
+
+func errTransition(id cay.SandboxID, state cay.SandboxState) *cay.Error {
+	return &cay.Error{Code: cay.CodeSandboxTransition, Layer: cay.LayerAPI,
+		Message: fmt.Sprintf("sandbox '%s' is not running: it is %s", id, state), Fix: "try again in a moment"}
+}
+
+// tellNode keeps the node's copy of a deadline in step. The copy is for the
+// operator's eyes, so a failure is no failure of the call; the reconciler
+// tells the node again.
+func (l *life) tellNode(ctx context.Context, id cay.SandboxID, t time.Time) {
+	ctx, stop := context.WithTimeout(ctx, tellTimeout)
+	defer stop()
+	if err := l.node.SetDeadline(ctx, id, t); err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		l.log.Warn("telling the node a deadline", "sandbox", id, "error", err)
+	}
+}
+
+// awaitStart returns when no create of the sandbox is under way in this
+// process, or ctx ends.
+func (l *life) awaitStart(ctx context.Context, id cay.SandboxID) {
+	l.mu.Lock()
+	st := l.starts[id]
+	l.mu.Unlock()
+	if st == nil {
+		return
+	}
+	select {
+	case <-st.done:
+	case <-ctx.Done():
+	}
+}
+
+// startsUnderWay counts the creates of this process.
+func (l *life) startsUnderWay() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.starts)
+}
+
+// detached returns a context that outlives the request, for a bounded time.
+func detached(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), d)
+}
+
+func maxLength(t cay.Team) time.Duration { return time.Duration(t.Limits.MaxLengthHours) * time.Hour }
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// endText says in words why a sandbox ended.
+func endText(reason cay.EndReason, message string) string {
+	if message != "" {
+		return message
+	}
+	switch reason {
+	case cay.EndRequest:
+		return "a client killed it"
+	case cay.EndTimeout:
+		return "its time was up"
+	case cay.EndOOM:
+		return "it used more memory than its limit"
+	case cay.EndPIDs:
+		return "its processes exhausted the limit"
+	case cay.EndGuestExit:
+		return "its first process ended"
+	case cay.EndEngineCrash:
+		return "its engine died"
+	case cay.EndStartFailed:
+		return "it never became ready"
+	case cay.EndNodeLost:
+		return "its machine restarted or lost it"
+	case cay.EndShutdown:
+		return "the operator stopped Cay"
+	case cay.EndOrphan:
+		return "no record owned it"
+	}
+	return string(reason)
+}

@@ -1,0 +1,167 @@
+package api
+
+import (
+	"context"
+	"strings"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/gen/operator"
+	"github.com/cayhq/cay/store"
+)
+
+// operatorHandlers serves what only Cay has, for the operator.
+type operatorHandlers struct{ *Server }
+
+// inspector is a node that knows more about a sandbox than Get tells.
+type inspector interface {
+	Inspect(ctx context.Context, id cay.SandboxID) (cay.NodeSandbox, error)
+}
+
+// Status implements the generated interface.
+func (s operatorHandlers) Status(ctx context.Context, _ operator.StatusRequestObject) (operator.StatusResponseObject, error) {
+	info, err := s.Node.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	teams, err := s.Store.ListTeams(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.Store.ListSandboxes(ctx, store.SandboxFilter{})
+	if err != nil {
+		return nil, err
+	}
+	count := map[cay.SandboxState]int{}
+	for _, r := range rows {
+		count[r.State]++
+	}
+	return operator.Status200JSONResponse{Version: cay.Version, Commit: cay.Commit, StartedAt: s.life.began.UTC(), Teams: len(teams),
+		CreateSuccesses: s.made.Load(), CreateFails: s.failed.Load(),
+		Sandboxes: operator.SandboxCounts{Starting: count[cay.StateStarting], Running: count[cay.StateRunning], Killing: count[cay.StateKilling]},
+		Node: operator.NodeInfo{Id: string(info.ID), Version: info.Version, Runtime: info.Runtime, RuntimeVersion: info.RuntimeVersion,
+			Cpus: info.CPUs, MemoryBytes: info.MemoryBytes, Sandboxes: info.Sandboxes, PoolReady: info.PoolReady}}, nil
+}
+
+// ListSandboxes implements the generated interface.
+func (s operatorHandlers) ListSandboxes(ctx context.Context, r operator.ListSandboxesRequestObject) (operator.ListSandboxesResponseObject, error) {
+	var f store.SandboxFilter
+	if r.Params.TeamID != nil {
+		f.Team = cay.TeamID(*r.Params.TeamID)
+	}
+	for _, st := range r.Params.State {
+		f.States = append(f.States, cay.SandboxState(st))
+	}
+	rows, err := s.Store.ListSandboxes(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	out := make(operator.ListSandboxes200JSONResponse, len(rows))
+	for i, row := range rows {
+		out[i] = record(row)
+	}
+	return out, nil
+}
+
+// InspectSandbox implements the generated interface.
+func (s operatorHandlers) InspectSandbox(ctx context.Context, r operator.InspectSandboxRequestObject) (operator.InspectSandboxResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	get := s.Node.Get
+	if i, ok := s.Node.(inspector); ok {
+		get = i.Inspect
+	}
+	out := operator.InspectSandbox200JSONResponse{Record: record(rec)}
+	n, err := get(ctx, rec.ID)
+	switch cay.CodeOf(err) {
+	case "":
+		out.Node = onNode(n)
+	case cay.CodeSandboxNotFound:
+	default:
+		return nil, err
+	}
+	return out, nil
+}
+
+// KillSandbox implements the generated interface.
+func (s operatorHandlers) KillSandbox(ctx context.Context, r operator.KillSandboxRequestObject) (operator.KillSandboxResponseObject, error) {
+	id, err := cay.ParseSandboxID(r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.life.kill(ctx, "", id, cay.EndRequest, "an operator killed it"); err != nil {
+		return nil, err
+	}
+	return operator.KillSandbox204Response{}, nil
+}
+
+// TraceSandbox implements the generated interface.
+func (s operatorHandlers) TraceSandbox(ctx context.Context, r operator.TraceSandboxRequestObject) (operator.TraceSandboxResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	steps, err := s.Node.Trace(ctx, rec.ID)
+	if err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		return nil, err
+	}
+	out := make(operator.TraceSandbox200JSONResponse, len(steps))
+	for i, st := range steps {
+		out[i] = operator.StartStep{Name: st.Name, Layer: string(st.Layer), TookMs: st.Took.Seconds() * 1000, Error: st.Error}
+	}
+	return out, nil
+}
+
+// SandboxConsole implements the generated interface.
+func (s operatorHandlers) SandboxConsole(ctx context.Context, r operator.SandboxConsoleRequestObject) (operator.SandboxConsoleResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	lines, err := s.Node.Console(ctx, rec.ID)
+	if err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		return nil, err
+	}
+	out := make(operator.SandboxConsole200JSONResponse, len(lines))
+	for i, l := range lines {
+		out[i] = operator.ConsoleLine{Timestamp: l.At.UTC(), Text: strings.ToValidUTF8(l.Text, "\uFFFD")}
+	}
+	return out, nil
+}
+
+// find returns the record of a sandbox of any team.
+func (s operatorHandlers) find(ctx context.Context, ref string) (store.Sandbox, error) {
+	id, err := cay.ParseSandboxID(ref)
+	if err != nil {
+		return store.Sandbox{}, err
+	}
+	rec, err := s.Store.FindSandbox(ctx, "", id)
+	if cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return rec, &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerAPI,
+			Message: "there is no record of sandbox '" + string(id) + "': it never was, or it ended more than seven days ago",
+			Fix:     "see `cay sandbox list` for those that run"}
+	}
+	return rec, err
+}
+
+func record(r store.Sandbox) operator.SandboxRecord {
+	meta := r.Metadata
+	if meta == nil {
+		meta = map[string]string{}
+	}
+	return operator.SandboxRecord{SandboxID: string(r.ID), TeamID: string(r.Team), TemplateID: string(r.Template), Alias: r.Alias,
+		BuildID: string(r.Build), NodeID: string(r.Node), State: operator.SandboxState(r.State),
+		Resources:   operator.Resources{Cpus: r.Resources.CPUs, MemoryMB: r.Resources.MemoryMB, DiskMB: r.Resources.DiskMB},
+		EnvdVersion: r.EnvdVersion, Metadata: meta, Secure: r.Secure,
+		CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, EndAt: r.Deadline, MaxEndAt: r.MaxDeadline,
+		EndedAt: instant(r.EndedAt), EndReason: string(r.EndReason), EndMessage: endText(r.EndReason, r.EndMessage)}
+}
+
+func onNode(n cay.NodeSandbox) *operator.NodeSandbox {
+	h := n.Host
+	return &operator.NodeSandbox{ExecutionID: string(n.ExecutionID), State: operator.SandboxState(n.State), StartedAt: n.StartedAt,
+		EndAt: n.Deadline, EnvdVersion: n.EnvdVersion, Adopted: n.Adopted,
+		Host: operator.SandboxOnHost{Runtime: h.Runtime, RuntimeVersion: h.RuntimeVersion, Container: h.Container, Pid: h.PID,
+			Address: h.Address, Netns: h.NetNS, Rootfs: h.RootFS, DiskImage: h.DiskImage}}
+}

@@ -1,0 +1,237 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"github.com/cayhq/cay"
+	gen "github.com/cayhq/cay/internal/gen/api"
+	"github.com/cayhq/cay/store"
+)
+
+// clientID is the constant that old clients expect (e2b.md 1.4).
+const clientID = "6532622b"
+
+// minRefresh is the least time that a refresh gives.
+const minRefresh = 15 * time.Second
+
+// GetSandbox implements the generated interface.
+func (s sandboxHandlers) GetSandbox(ctx context.Context, r gen.GetSandboxRequestObject) (gen.GetSandboxResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	if rec.State != cay.StateRunning {
+		return nil, errNoSandbox(rec.ID) // half made, or as good as gone
+	}
+	return gen.GetSandbox200JSONResponse(s.detail(rec)), nil
+}
+
+// KillSandbox implements the generated interface.
+func (s sandboxHandlers) KillSandbox(ctx context.Context, r gen.KillSandboxRequestObject) (gen.KillSandboxResponseObject, error) {
+	id, err := cay.ParseSandboxID(r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.life.kill(ctx, callerOf(ctx).team.ID, id, cay.EndRequest, ""); err != nil {
+		return nil, err
+	}
+	return gen.KillSandbox204Response{}, nil
+}
+
+// SetSandboxTimeout implements the generated interface.
+func (s sandboxHandlers) SetSandboxTimeout(ctx context.Context, r gen.SetSandboxTimeoutRequestObject) (gen.SetSandboxTimeoutResponseObject, error) {
+	id, err := cay.ParseSandboxID(r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	if r.Body == nil {
+		return nil, invalid("the request has no body", `send a JSON object such as {"timeout": 300}`)
+	}
+	team := callerOf(ctx).team
+	d := time.Duration(r.Body.Timeout) * time.Second
+	if err := checkLength(team, d); err != nil {
+		return nil, err
+	}
+	_, err = s.life.setDeadline(ctx, team.ID, id, func(_ *store.Sandbox, now time.Time) time.Time { return now.Add(d) })
+	if err != nil {
+		return nil, err
+	}
+	return gen.SetSandboxTimeout204Response{}, nil
+}
+
+// RefreshSandbox implements the generated interface.
+func (s sandboxHandlers) RefreshSandbox(ctx context.Context, r gen.RefreshSandboxRequestObject) (gen.RefreshSandboxResponseObject, error) {
+	id, err := cay.ParseSandboxID(r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	d := minRefresh
+	if r.Body != nil && r.Body.Duration != nil {
+		d = max(d, time.Duration(*r.Body.Duration)*time.Second)
+	}
+	if _, err := s.extend(ctx, id, d); err != nil {
+		return nil, err
+	}
+	return gen.RefreshSandbox204Response{}, nil
+}
+
+// ConnectSandbox implements the generated interface.
+func (s sandboxHandlers) ConnectSandbox(ctx context.Context, r gen.ConnectSandboxRequestObject) (gen.ConnectSandboxResponseObject, error) {
+	rec, err := s.connect(ctx, r.SandboxID, r.Body.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	return gen.ConnectSandbox200JSONResponse(s.sandbox(rec)), nil
+}
+
+// ConnectSandboxV2 implements the generated interface.
+func (s sandboxHandlers) ConnectSandboxV2(ctx context.Context, r gen.ConnectSandboxV2RequestObject) (gen.ConnectSandboxV2ResponseObject, error) {
+	seconds := int32(defaultTimeoutV2)
+	if r.Body != nil && r.Body.Timeout != nil {
+		seconds = *r.Body.Timeout
+	}
+	rec, err := s.connect(ctx, r.SandboxID, seconds)
+	if err != nil {
+		return nil, err
+	}
+	return gen.ConnectSandboxV2200JSONResponse(s.sandbox(rec)), nil
+}
+
+// connect takes up a running sandbox. Its end is only ever moved later, so that
+// two clients of one sandbox don't shorten each other's time.
+func (s sandboxHandlers) connect(ctx context.Context, ref string, seconds int32) (store.Sandbox, error) {
+	id, err := cay.ParseSandboxID(ref)
+	if err != nil {
+		return store.Sandbox{}, err
+	}
+	d := time.Duration(seconds) * time.Second
+	if err := checkLength(callerOf(ctx).team, d); err != nil {
+		return store.Sandbox{}, err
+	}
+	rec, err := s.extend(ctx, id, d)
+	if cay.CodeOf(err) == cay.CodeSandboxTransition {
+		s.life.awaitStart(ctx, id) // somebody else makes it; it is ready in a moment
+		rec, err = s.extend(ctx, id, d)
+	}
+	return rec, err
+}
+
+// extend makes a running sandbox of the caller live at least d from now on.
+func (s sandboxHandlers) extend(ctx context.Context, id cay.SandboxID, d time.Duration) (store.Sandbox, error) {
+	return s.life.setDeadline(ctx, callerOf(ctx).team.ID, id, func(rec *store.Sandbox, now time.Time) time.Time {
+		if t := now.Add(d); t.After(rec.Deadline) {
+			return t
+		}
+		return rec.Deadline
+	})
+}
+
+// UpdateSandboxNetwork implements the generated interface. Nodes can't change
+// the network of a sandbox that runs, so only what it has already is accepted.
+func (s sandboxHandlers) UpdateSandboxNetwork(ctx context.Context, r gen.UpdateSandboxNetworkRequestObject) (gen.UpdateSandboxNetworkResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	if rec.State == cay.StateEnded {
+		return nil, errNoSandbox(rec.ID)
+	}
+	if rec.State != cay.StateRunning {
+		return nil, errTransition(rec.ID, rec.State)
+	}
+	has, err := egress(s.options(rec).Network, rec.AllowInternet)
+	if err != nil {
+		return nil, err
+	}
+	b := r.Body
+	wants, err := egress(&gen.SandboxNetworkConfig{AllowOut: b.AllowOut, DenyOut: b.DenyOut, EgressProxy: b.EgressProxy, Rules: b.Rules},
+		b.AllowInternetAccess)
+	if err != nil {
+		return nil, err
+	}
+	if wants.internet != has.internet {
+		return nil, absent("changing the network of a running sandbox", "create a sandbox with the network it shall have")
+	}
+	return gen.UpdateSandboxNetwork204Response{}, nil
+}
+
+// find returns the record of a sandbox of the caller's team.
+func (s sandboxHandlers) find(ctx context.Context, ref string) (store.Sandbox, error) {
+	id, err := cay.ParseSandboxID(ref)
+	if err != nil {
+		return store.Sandbox{}, err
+	}
+	rec, err := s.Store.FindSandbox(ctx, callerOf(ctx).team.ID, id)
+	if cay.CodeOf(err) == cay.CodeSandboxNotFound {
+		return rec, errNoSandbox(id)
+	}
+	return rec, err
+}
+
+// options decodes the wishes on record. An unreadable one is a defect that must
+// not hide the sandbox.
+func (s *Server) options(rec store.Sandbox) options {
+	var o options
+	if len(rec.Options) == 0 {
+		return o
+	}
+	if err := json.Unmarshal(rec.Options, &o); err != nil {
+		s.Log.Error("the options of a sandbox cannot be read", "sandbox", rec.ID, "error", err)
+	}
+	return o
+}
+
+// sandbox is the creator's view.
+func (s *Server) sandbox(rec store.Sandbox) gen.Sandbox {
+	out := gen.Sandbox{TemplateID: string(rec.Template), SandboxID: string(rec.ID), ClientID: clientID,
+		EnvdVersion: rec.EnvdVersion, Alias: optional(rec.Alias), Domain: optional(s.Domain)}
+	if rec.Secure {
+		out.EnvdAccessToken = optional(accessToken(s.Seed, rec.ID).Reveal())
+	}
+	if n := s.options(rec).Network; n != nil && n.AllowPublicTraffic != nil && !*n.AllowPublicTraffic {
+		out.TrafficAccessToken = optional(trafficToken(s.Seed, rec.ID).Reveal())
+	}
+	return out
+}
+
+// detail is the full view of a running sandbox.
+func (s *Server) detail(rec store.Sandbox) gen.SandboxDetail {
+	o := s.options(rec)
+	out := gen.SandboxDetail{TemplateID: string(rec.Template), Alias: optional(rec.Alias), SandboxID: string(rec.ID),
+		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: rec.Deadline, EnvdVersion: rec.EnvdVersion,
+		AllowInternetAccess: rec.AllowInternet, Domain: optional(s.Domain),
+		CpuCount: int32(rec.Resources.CPUs), MemoryMB: int32(rec.Resources.MemoryMB), DiskSizeMB: int32(rec.Resources.DiskMB),
+		Metadata: labels(rec.Metadata), State: gen.Running, Network: o.Network,
+		Lifecycle: &gen.SandboxLifecycle{AutoResume: o.AutoResume, OnTimeout: gen.Kill}}
+	if rec.Secure {
+		out.EnvdAccessToken = optional(accessToken(s.Seed, rec.ID).Reveal())
+	}
+	return out
+}
+
+// listed is the view of a running sandbox in a list.
+func listed(rec store.Sandbox) gen.ListedSandbox {
+	return gen.ListedSandbox{TemplateID: string(rec.Template), Alias: optional(rec.Alias), SandboxID: string(rec.ID),
+		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: rec.Deadline, EnvdVersion: rec.EnvdVersion,
+		CpuCount: int32(rec.Resources.CPUs), MemoryMB: int32(rec.Resources.MemoryMB), DiskSizeMB: int32(rec.Resources.DiskMB),
+		Metadata: labels(rec.Metadata), State: gen.Running}
+}
+
+// labels is always an object: clients read it without asking.
+func labels(m map[string]string) *gen.SandboxMetadata {
+	out := gen.SandboxMetadata{}
+	for k, v := range m {
+		out[k] = v
+	}
+	return &out
+}
+
+// optional is nil for the empty text.
+func optional(text string) *string {
+	if text == "" {
+		return nil
+	}
+	return &text
+}
