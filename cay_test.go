@@ -27,7 +27,7 @@ func TestSecret(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"%v": fmt.Sprintf("%v", s), "%s": fmt.Sprintf("%s", s), "%q": fmt.Sprintf("%q", s), "%#v": fmt.Sprintf("%#v", s),
+		"%v": fmt.Sprintf("%v", s), "Sprint": fmt.Sprint(s), "%q": fmt.Sprintf("%q", s), "%#v": fmt.Sprintf("%#v", s),
 		"%+v of a struct": fmt.Sprintf("%+v", r), "%#v of a struct": fmt.Sprintf("%#v", r),
 		"error": fmt.Errorf("with %v", s).Error(), "JSON": string(asJSON), "log": log.String(),
 	} {

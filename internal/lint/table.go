@@ -45,6 +45,7 @@ var Packages = []Package{
 	{"doctor", Service, "checks of a machine, each with its repair"},
 	{"envd", Guest, "the daemon in each sandbox: processes, files, ports"},
 	{"internal/check", Test, "runs what must pass before a commit, and counts it"},
+	{"internal/cli", Internal, "the commands that talk to a server, as any client does"},
 	{"internal/gen/api", Generated, "the public REST API, from spec/openapi.yaml"},
 	{"internal/gen/envd/filesystem", Generated, "messages of spec/envd/filesystem"},
 	{"internal/gen/envd/filesystem/filesystemconnect", Generated, "RPC of spec/envd/filesystem"},
@@ -97,7 +98,7 @@ var HeavyHomes = []Home{
 	{"github.com/vishvananda/", []string{"network", "test/program", "test/invariant"}},
 	{"github.com/getkin/kin-openapi", []string{"api", "internal/gen/api", "internal/gen/operator"}},
 	{"github.com/oapi-codegen/", []string{"internal/gen/api", "internal/gen/operator"}},
-	{"github.com/spf13/cobra", []string{"cmd/cay"}},
+	{"github.com/spf13/cobra", []string{"cmd/cay", "internal/cli"}},
 	{"github.com/creack/pty", []string{"envd"}},
 	{"github.com/fsnotify/fsnotify", []string{"envd"}},
 }
@@ -137,6 +138,7 @@ var Ambient = []Exception{
 // HostPaths lists absolute paths in the source outside cmd and templates.
 // Paths below /proc, /sys and /dev are the kernel's interface and need no row.
 var HostPaths = []Exception{
+	{"api/admin.go", "00000000-0000-0000-0000-000000000000", "the contract: the cluster of a control plane that has one"},
 	{"doctor/network.go", "/etc/resolv.conf", "where Linux has it"},
 	{"envd/control.go", "/etc/hostname", "in the guest, where Linux has it"},
 	{"envd/control.go", "/etc/hosts", "in the guest, where Linux has it"},

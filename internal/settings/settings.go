@@ -43,9 +43,9 @@ type Origin string
 // The origins; a file or variable is named after a colon.
 const (
 	OriginDefault Origin = "default"
-	originFile           = "file:"
-	originEnv            = "env:"
-	originFlag           = "flag:"
+	originFile    Origin = "file:"
+	originEnv     Origin = "env:"
+	originFlag    Origin = "flag:"
 )
 
 // Setting is one row of the table.
