@@ -1,0 +1,181 @@
+package envd
+
+import (
+	"mime"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// Whatever a client sends, the result is an absolute, clean path that the
+// kernel can take, and a path that stays where its text says.
+func FuzzResolvePath(f *testing.F) {
+	for _, s := range []string{"", "~", "~/x", "~root", "~root/x", "a/../../b", "/", "//a//b/", "/a/./b/..", ".", "..",
+		"a\x00b", "\xff", "~/..", "/" + strings.Repeat("x", maxPath), strings.Repeat("../", 1000), "a\nb", "é"} {
+		f.Add(s, "")
+		f.Add(s, "/work")
+		f.Add("", s)
+	}
+	u := &user{name: "user", home: "/home/user"}
+	f.Fuzz(func(t *testing.T, path, workdir string) {
+		got, err := resolvePath(path, u, workdir)
+		if err != nil {
+			if asFault(err).code != invalid("").code {
+				t.Fatalf("code of %v", err)
+			}
+			return
+		}
+		if !strings.HasPrefix(got, "/") || filepath.Clean(got) != got || len(got) >= maxPath ||
+			strings.IndexByte(got, 0) >= 0 || !utf8.ValidString(got) {
+			t.Fatalf("%q becomes %q", path, got)
+		}
+		if again, err := resolvePath(got, u, workdir); err != nil || again != got {
+			t.Fatalf("%q is not stable: %q, %v", got, again, err)
+		}
+		if strings.HasPrefix(path, "/") && got != filepath.Clean(path) {
+			t.Fatalf("%q becomes %q", path, got)
+		}
+		if strings.HasPrefix(path, "~") && path != "~" && !strings.HasPrefix(path, "~/") {
+			t.Fatalf("%q was expanded to %q", path, got)
+		}
+	})
+}
+
+// A signature is good for what was signed and for nothing else.
+func FuzzSignature(f *testing.F) {
+	f.Add("x.txt", "", "token", "", "x.txt", "", "")
+	f.Add("x", "user", "token", "1900000000", "x", "user", "1900000000")
+	f.Add("x", "user", "token", "1900000000", "x", "user", "01900000000")
+	f.Add("a:read", "u", "token", "", "a", "read:u", "")
+	f.Add("x", "u", "t:1900000000", "", "x", "u", "")
+	f.Add("x", "u", "t", "", "x", "u", "-1")
+	now := time.Unix(1_800_000_000, 0)
+	f.Fuzz(func(t *testing.T, path, user, token, expires, path2, user2, expires2 string) {
+		sig := signature(path, opRead, user, token, expires)
+		q := url.Values{"path": {path2}, "username": {user2}, "signature": {sig}}
+		if expires2 != "" {
+			q.Set("signature_expiration", expires2)
+		}
+		err := checkSignature(q, opRead, token, now)
+		n, perr := strconv.ParseInt(expires2, 10, 64)
+		valid := expires2 == "" || perr == nil && strconv.FormatInt(n, 10) == expires2 && n >= now.Unix()
+		same := path == path2 && user == user2 && expires == expires2
+		if same && valid && err != nil {
+			t.Fatalf("refused: %v", err)
+		}
+		if err == nil && !valid {
+			t.Fatalf("an end of %q passes", expires2)
+		}
+		// The text that is signed is the contract's, which joins its parts with
+		// colons; only parts with colons of their own can be read in two ways.
+		if err == nil && !same && !strings.Contains(path+path2+user+user2+token, ":") {
+			t.Fatal("another request passes")
+		}
+		if checkSignature(q, opWrite, token, now) == nil && !strings.Contains(path+path2+user+user2+token, ":") {
+			t.Fatal("a signature for reading writes")
+		}
+		if err == nil && checkSignature(q, opRead, token+"x", now) == nil {
+			t.Fatal("another token passes")
+		}
+	})
+}
+
+// The file name of a part is taken whole or not at all.
+func FuzzPartName(f *testing.F) {
+	for _, s := range []string{`form-data; name="file"; filename="a/b.txt"`, `form-data; name=file; filename=x`, `form-data`,
+		`attachment; name="file"; filename="x"`, `form-data; name="file"; filename*=UTF-8''%e2%82%ac`, `form-data; name="file"; filename="é"`,
+		`form-data; name="file"; filename="a\"b"`, `form-data; name="file"; filename="C:\x"`, ";", `form-data; filename="`, `form-data; name="file"; name="x"`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		name, file := partName(s)
+		kind, params, err := mime.ParseMediaType(s)
+		if err != nil || kind != "form-data" {
+			if name != "" || file != "" {
+				t.Fatalf("%q yields %q, %q", s, name, file)
+			}
+			return
+		}
+		if name != params["name"] || file != params["filename"] {
+			t.Fatalf("%q yields %q, %q", s, name, file)
+		}
+	})
+}
+
+// A name without a quote or a control character arrives as it was written.
+func FuzzPartNameRoundTrip(f *testing.F) {
+	f.Add("a/b/c.txt")
+	f.Add("/home/user/ü %22.txt")
+	f.Add("..")
+	f.Fuzz(func(t *testing.T, file string) {
+		if !utf8.ValidString(file) || strings.ContainsAny(file, "\"\\\r\n") || file == "" {
+			t.Skip()
+		}
+		for _, r := range file {
+			if r < 0x20 || r == 0x7f {
+				t.Skip()
+			}
+		}
+		if name, got := partName(`form-data; name="file"; filename="` + file + `"`); name != "file" || got != file {
+			t.Fatalf("%q becomes %q, %q", file, name, got)
+		}
+	})
+}
+
+// What passes can be stored and is within the limits.
+func FuzzMetadata(f *testing.F) {
+	f.Add("X-Metadata-Author", "mish", "X-Metadata-B", "")
+	f.Add("x-metadata-A", "1", "X-Metadata-a", "2")
+	f.Add("X-Metadata-", "x", "X-Other", "y")
+	f.Add("X-Metadata-"+strings.Repeat("k", 300), "x", "X-Metadata-K", strings.Repeat("v", 4096))
+	f.Add("X-Metadata-É", "x", "X-Metadata-K", "a\nb")
+	f.Fuzz(func(t *testing.T, k1, v1, k2, v2 string) {
+		m, err := parseMetadata(http.Header{k1: {v1}, k2: {v2}})
+		if err != nil {
+			if asFault(err).code != invalid("").code || m != nil {
+				t.Fatalf("%v, %v", m, err)
+			}
+			return
+		}
+		total := 0
+		for k, v := range m {
+			total += len(metadataAttr) + len(k) + len(v)
+			if k == "" || k != strings.ToLower(k) || !printable(k) || !printable(v) || len(metadataAttr)+len(k) > maxAttrName {
+				t.Fatalf("%q: %q", k, v)
+			}
+		}
+		if total > maxMetadata {
+			t.Fatalf("%d bytes", total)
+		}
+	})
+}
+
+// Any list of encodings yields one of ours, and never an excluded one.
+func FuzzAcceptedEncoding(f *testing.F) {
+	f.Add("gzip;q=0.5, identity")
+	f.Add("*;q=0,,;;=")
+	f.Fuzz(func(t *testing.T, s string) {
+		enc, plain := acceptedEncoding([]string{s})
+		switch enc {
+		case "":
+			if !plain {
+				t.Fatalf("%q: plain bytes that are not acceptable", s)
+			}
+		case "gzip":
+			if low := strings.ToLower(s); !strings.Contains(low, "gzip") && !strings.Contains(low, "*") {
+				t.Fatalf("%q: gzip", s)
+			}
+		case refused:
+			if plain {
+				t.Fatalf("%q: refused", s)
+			}
+		default:
+			t.Fatalf("%q: %q", s, enc)
+		}
+	})
+}
