@@ -10,13 +10,15 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.cache/node/node_modules/node/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 # One static binary: gVisor starts itself again from it in an empty root.
 export CGO_ENABLED := 0
+# We stamp the commit ourselves; git refuses a tree that another user owns.
+export GOFLAGS := -buildvcs=false $(GOFLAGS)
 
 VERSION ?= $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//' | grep . || echo 0.1.0-dev)
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 GVISOR = $(shell awk '$$1 == "gvisor.dev/gvisor" { print $$2 }' go.mod)
 STAMP = -X github.com/cayhq/cay.Version=$(VERSION) -X github.com/cayhq/cay.Commit=$(COMMIT)
 LDFLAGS = -s -w $(STAMP) -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)
-GO_BUILD = go build -trimpath -buildvcs=false
+GO_BUILD = go build -trimpath
 
 ##@ Build
 
@@ -85,7 +87,7 @@ lint: deps .cache/golangci-lint ## the linters of .golangci.yml
 .cache/golangci-lint: tools/golangci-lint/go.mod tools/golangci-lint/go.sum
 	@echo "building golangci-lint: once, a few minutes"
 	@mkdir -p .cache
-	@go build -C tools/golangci-lint -trimpath -buildvcs=false -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@go build -C tools/golangci-lint -trimpath -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
 .PHONY: bench
