@@ -15,9 +15,8 @@ export GOFLAGS := -buildvcs=false $(GOFLAGS)
 
 VERSION ?= $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//' | grep . || echo 0.1.0-dev)
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-GVISOR = $(shell awk '$$1 == "gvisor.dev/gvisor" { print $$2 }' go.mod)
-STAMP = -X github.com/cayhq/cay.Version=$(VERSION) -X github.com/cayhq/cay.Commit=$(COMMIT)
-LDFLAGS = -s -w $(STAMP) -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)
+# The engine's version is a constant of runtime/gvisor, so that every build has it.
+LDFLAGS = -s -w -X github.com/cayhq/cay.Version=$(VERSION) -X github.com/cayhq/cay.Commit=$(COMMIT)
 GO_BUILD = go build -trimpath
 
 ##@ Build
