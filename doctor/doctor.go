@@ -164,10 +164,7 @@ type Doctor struct {
 
 	// Deep also compares the digests of templates and starts a sandbox.
 	Deep bool
-	// Started is called as each check begins; it may be nil. It must be safe
-	// for concurrent use.
-	Started func(id, title string)
-	Now     func() time.Time // nil is time.Now
+	Now  func() time.Time // nil is time.Now
 }
 
 // check is a row of the table.
@@ -211,9 +208,6 @@ func (d *Doctor) Run(ctx context.Context) Report {
 	out := make([]Result, len(all))
 	one := func(i int) {
 		c := all[i]
-		if d.Started != nil {
-			d.Started(c.id, c.title)
-		}
 		start := now()
 		out[i] = Result{ID: c.id, Title: c.title, Finding: d.bounded(ctx, c)}
 		out[i].Took = now().Sub(start)

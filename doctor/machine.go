@@ -21,14 +21,15 @@ import (
 // and namespaceDir are those of the server's network pool. The functions that
 // ask the product's own parts are for the caller to set.
 func New(dataDir, namespaceDir, stateDir string) *Doctor {
-	return &Doctor{
+	d := &Doctor{
 		Root: os.DirFS("/"), PageSize: os.Getpagesize(),
 		DataDir: dataDir, NamespaceDir: namespaceDir,
 		Space: space, ClockSynced: clockSynced, Tables: tables,
 		LookPath: exec.LookPath, LookupHost: net.DefaultResolver.LookupHost,
-		TrySlot:  func(ctx context.Context) (string, error) { return trySlot(ctx, namespaceDir, stateDir) },
 		TryDisks: tryDisks,
 	}
+	d.TrySlot = func(ctx context.Context) (string, error) { return d.trySlot(ctx, stateDir) }
+	return d
 }
 
 func space(dir string) (Space, error) {
@@ -89,7 +90,7 @@ const trialTag = "doctor"
 
 // trySlot makes a slot, which proves by itself that packets go through it, and
 // takes it away.
-func trySlot(ctx context.Context, namespaceDir, stateDir string) (evidence string, err error) {
+func (d *Doctor) trySlot(ctx context.Context, stateDir string) (evidence string, err error) {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return "", fmt.Errorf("making the directory of network state: %w", err)
 	}
@@ -101,7 +102,7 @@ func trySlot(ctx context.Context, namespaceDir, stateDir string) (evidence strin
 	if err := waitLock(ctx, int(lock.Fd())); err != nil {
 		return "", fmt.Errorf("waiting for another doctor to end its trial of the network: %w", err)
 	}
-	p := &network.Pool{Tag: trialTag, NamespaceDir: namespaceDir, StateDir: stateDir, Size: 1, Warm: -1}
+	p := &network.Pool{Tag: trialTag, NamespaceDir: d.NamespaceDir, StateDir: stateDir, CIDR: d.CIDR, Size: 1, Warm: -1}
 	defer func() {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), limitOfCleanup)
 		defer cancel()

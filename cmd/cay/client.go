@@ -1,7 +1,65 @@
 package main
 
-import "github.com/spf13/cobra"
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
 
-// clientCommands returns the commands that talk to a server or look at the
-// machine.
-func clientCommands(a *app) []*cobra.Command { return nil }
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/cli"
+	"github.com/cayhq/cay/runtime/gvisor"
+)
+
+// client puts the commands that talk to a server together.
+func (a *app) client() *cli.CLI {
+	c := &cli.CLI{In: a.in, Out: a.out, Err: a.err,
+		OutTerm: isTerminal(a.out), Colour: a.colour(), Term: os.Getenv("TERM"),
+		Engine: gvisor.EngineVersion, Settings: a.settings, Locate: locate}
+	if f, ok := a.in.(*os.File); ok {
+		c.InTerm = cli.FileTerminal(f)
+	}
+	return c
+}
+
+// locate finds the running server of a data directory.
+func locate(path string) (cli.Server, error) {
+	d := dataDir(path)
+	info, err := d.readServer()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		why := ""
+		if pid := d.readPID(); pid > 0 && alive(pid) {
+			why = fmt.Sprintf(" yet: process %d (%s) is starting", pid, commandOf(pid))
+		}
+		return cli.Server{}, cli.NotRunning(path, why)
+	case errors.Is(err, fs.ErrPermission):
+		return cli.Server{}, errNotReadable(path, err)
+	case err != nil:
+		return cli.Server{}, &cay.Error{Code: cay.CodeDataDirInvalid, Layer: cay.LayerHost,
+			Message: fmt.Sprintf("the file %s cannot be read: %v", d.serverFile(), err), Fix: "restart the server, which writes it anew; sandboxes stay", Err: err}
+	case !alive(info.PID):
+		return cli.Server{}, cli.NotRunning(path, fmt.Sprintf(": process %d has ended without stopping in order; its sandboxes still run", info.PID))
+	}
+	creds, err := d.readCredentials()
+	if errors.Is(err, fs.ErrPermission) {
+		return cli.Server{}, errNotReadable(path, err)
+	}
+	if err != nil {
+		return cli.Server{}, fmt.Errorf("reading the credentials: %w", err)
+	}
+	return cli.Server{DataDir: path, PID: info.PID, Version: info.Version, StartedAt: info.StartedAt, APIURL: info.APIURL, ProxyURL: info.ProxyURL,
+		TeamID: cay.TeamID(creds.TeamID), APIKey: cay.Secret(creds.APIKey), AdminToken: cay.Secret(creds.AdminToken)}, nil
+}
+
+func errNotReadable(path string, err error) error {
+	return &cay.Error{Code: cay.CodePrivilege, Layer: cay.LayerHost,
+		Message: fmt.Sprintf("the data directory %s keeps its credentials from this user (%d)", path, os.Geteuid()),
+		Fix:     "run the command as the server's user, for example with sudo", Err: err}
+}
+
+// alive reports whether a process exists, whoever owns it.
+func alive(pid int) bool {
+	return pid > 0 && !errors.Is(syscall.Kill(pid, 0), syscall.ESRCH)
+}

@@ -147,6 +147,8 @@ var HostPaths = []Exception{
 	{"envd/envd.go", "/run/cay", "in the guest: part of the contract with images"},
 	{"envd/envd.go", "/etc/cay/hooks/generation", "in the guest: part of the contract with images"},
 	{"envd/start.go", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "in the guest: Debian's PATH, when envd has none"},
+	{"internal/cli/exec.go", "/bin/bash", "in the guest: the contract says every image has it"},
+	{"internal/cli/trial.go", "/bin/bash", "in the guest: the contract says every image has it"},
 	{"internal/settings/settings.go", "/var/lib/cay", "the default of a setting"},
 	{"orchestrator/boot.go", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "in the guest: the PATH of PID 1"},
 	{"template/image.go", "/usr/bin/cay-init", "in the guest: the agent layer puts it there"},

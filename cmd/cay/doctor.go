@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/blob"
+	"github.com/cayhq/cay/blob/file"
+	"github.com/cayhq/cay/doctor"
+	"github.com/cayhq/cay/internal/cli"
+	"github.com/cayhq/cay/internal/settings"
+	"github.com/cayhq/cay/orchestrator"
+	"github.com/cayhq/cay/runtime"
+	"github.com/cayhq/cay/runtime/gvisor"
+	"github.com/cayhq/cay/store"
+	"github.com/cayhq/cay/template"
+)
+
+func newDoctorCmd(a *app) *cobra.Command {
+	var deep, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check this machine and the data directory",
+		Long: `Checks host, network, storage, engine and templates, and looks for what ended
+sandboxes may have left. Each finding has its evidence, and its repair where one
+is needed. It makes and removes a network, disks and an engine of its own; what
+runs is not disturbed.
+
+With --deep it also compares the digests of templates, and makes a sandbox on
+the running server, uses it and ends it.
+
+The exit status is 1 if a check failed; warnings do not count.`,
+		Example: "  cay doctor\n  cay doctor --deep\n  cay doctor --json | jq '.checks[] | select(.verdict == \"fail\")'",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.settings(cmd)
+			if err != nil {
+				return err
+			}
+			d, closeParts, err := newDoctor(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			defer closeParts()
+			d.Deep = deep
+			report := d.Run(cmd.Context())
+			if asJSON {
+				err = cli.WriteJSON(a.out, report)
+			} else {
+				err = report.Print(a.out, isTerminal(a.out) && os.Getenv("NO_COLOR") == "")
+			}
+			if err == nil && report.Count(doctor.Fail) > 0 {
+				err = &cli.ExitError{Status: 1}
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&deep, "deep", false, "also compare digests, and use a sandbox")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "the report as JSON")
+	return cmd
+}
+
+// newDoctor gives a doctor the parts of the product that it asks.
+func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func(), error) {
+	dir := dataDir(cfg.DataDir)
+	log, err := newLogger(cfg, io.Discard)
+	if err != nil {
+		return nil, nil, err
+	}
+	h := newHost(dir, cfg, log, nil) // for the names of things; nothing of it is opened
+	d := doctor.New(cfg.DataDir, h.nets.NamespaceDir, h.nets.StateDir)
+	d.APIAddr, d.ProxyAddr, d.Domain, d.CIDR = cfg.APIAddr, cfg.ProxyAddr, cfg.Domain, cfg.SandboxCIDR
+	d.ReserveBytes, d.MemoryMB = int64(cfg.DiskReserveMB)<<20, cfg.MemoryMB
+	d.Tag = h.nets.Tag
+	d.InstanceDir, d.CgroupParent = gvisor.HostNames(dir.path("run", "gvisor"))
+	d.Engine = tryEngine
+
+	s, err := locate(cfg.DataDir)
+	if err == nil {
+		client, err := cli.NewClient(s)
+		if err != nil {
+			return nil, nil, err
+		}
+		d.Server = &doctor.Server{PID: s.PID, Health: client.Health}
+		d.Trial = cli.NewTrial(client, baseTemplate)
+	}
+	if _, err := os.Stat(dir.credentialsFile()); err != nil {
+		return d, func() {}, nil // never used: the parts do not exist yet
+	}
+	d.Owned = func(context.Context) (doctor.Owned, error) {
+		executions, slots, err := orchestrator.Owned(dir.path("run", "orchestrator"))
+		return doctor.Owned{Executions: executions, Slots: slots}, err
+	}
+	blobs, err := file.Open(ctx, dir.path("blobs"))
+	if err != nil {
+		return nil, nil, err
+	}
+	d.Blobs = blobs
+	if _, err := os.Stat(dir.path("cay.db")); err == nil {
+		withRecord(d, dir, blobs)
+	}
+	return d, func() { _ = blobs.Close() }, nil // it was read only
+}
+
+// mostTemplates bounds the check of templates.
+const mostTemplates = 1000
+
+// withRecord adds the checks that need the database.
+func withRecord(d *doctor.Doctor, dir dataDir, blobs blob.Store) {
+	d.Store = func(ctx context.Context) error {
+		st, err := openStore(ctx, dir)
+		if err != nil {
+			return err
+		}
+		return st.Close()
+	}
+	d.Templates = func(ctx context.Context, digests bool) ([]doctor.Template, error) {
+		st, err := openStore(ctx, dir)
+		if err != nil {
+			return nil, err
+		}
+		defer st.Close()
+		creds, err := dir.readCredentials()
+		if err != nil {
+			return nil, err
+		}
+		list, err := st.ListTemplates(ctx, cay.TeamID(creds.TeamID), store.Cursor{}, mostTemplates)
+		if err != nil {
+			return nil, err
+		}
+		var out []doctor.Template
+		for _, t := range list {
+			b := t.Current.ID
+			if b == "" {
+				continue // it has no finished build yet
+			}
+			got := doctor.Template{Name: t.Name, Build: string(b)}
+			m, err := template.Load(ctx, blobs, b)
+			if err == nil && digests {
+				err = template.Verify(ctx, blobs, m)
+			}
+			for _, l := range m.Layers {
+				got.Bytes += l.SizeBytes
+			}
+			got.Err = err
+			out = append(out, got)
+		}
+		return out, nil
+	}
+}
+
+// tryEngine starts an engine in a directory of its own and ends it.
+func tryEngine(ctx context.Context) (info runtime.Info, err error) {
+	// Directly below the system's: the path of a socket may not be long.
+	dir, err := os.MkdirTemp("", "cay-doctor-")
+	if err != nil {
+		return info, fmt.Errorf("making a directory for a trial of the engine: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	rt := gvisor.New(filepath.Join(dir, "e"))
+	rt.Args = []string{os.Args[0], "supervise", "--dir", rt.Dir}
+	if err := rt.Open(ctx); err != nil {
+		return info, err
+	}
+	info, err = rt.Info(ctx)
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	return info, errors.Join(err, rt.Shutdown(end), rt.Close())
+}

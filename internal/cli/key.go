@@ -1,0 +1,158 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cayhq/cay/internal/gen/api"
+)
+
+func (c *CLI) keyCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "key",
+		Short: "Manage API keys",
+		Long: `API keys let clients in. Each belongs to the team of this server. The server
+keeps only a hash: a key is shown once, when it is made.`,
+		Example: "  cay key create ci\n  cay key list\n  cay key delete 0b6fd2a6-…",
+	}
+	cmd.AddCommand(c.keyCreateCmd(), c.keyListCmd(), c.keyDeleteCmd())
+	return cmd
+}
+
+func (c *CLI) keyCreateCmd() *cobra.Command {
+	var out *format
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Make an API key and print it, this once",
+		Long:  "Makes an API key and prints it on standard output. It cannot be shown again.",
+		Example: `  cay key create ci
+  export E2B_API_KEY=$(cay key create laptop)`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := client.api.CreateAPIKeyWithResponse(cmd.Context(), api.CreateAPIKeyJSONRequestBody{Name: args[0]}, client.forTeam)
+			if err != nil {
+				return client.unreachable(err)
+			}
+			key, err := body(r.JSON201, r.HTTPResponse, r.JSONDefault, http.StatusCreated)
+			if err != nil {
+				return err
+			}
+			if *out == asJSON {
+				return WriteJSON(c.Out, key)
+			}
+			fmt.Fprintf(c.Err, "Made the key %q (%s). Keep it: it is not shown again.\n", key.Name, key.Id)
+			_, err = fmt.Fprintln(c.Out, key.Key)
+			return err
+		},
+	}
+	out = addOutput(cmd)
+	return cmd
+}
+
+func (c *CLI) keyListCmd() *cobra.Command {
+	var out *format
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   "List API keys",
+		Example: "  cay key list\n  cay key list -o json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := client.api.ListAPIKeysWithResponse(cmd.Context(), client.forTeam)
+			if err != nil {
+				return client.unreachable(err)
+			}
+			keys, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
+			if err != nil {
+				return err
+			}
+			if *out == asJSON {
+				return WriteJSON(c.Out, keys)
+			}
+			var rows [][]string
+			for _, k := range keys {
+				if quiet {
+					fmt.Fprintln(c.Out, k.Id)
+					continue
+				}
+				used := "never"
+				if k.LastUsed != nil {
+					used = ago(c.now().Sub(*k.LastUsed)) + " ago"
+				}
+				rows = append(rows, []string{k.Id, k.Name, masked(k.Mask), ago(c.now().Sub(k.CreatedAt)) + " ago", used})
+			}
+			if quiet {
+				return nil
+			}
+			return writeTable(c.Out, "KEY ID\tNAME\tKEY\tMADE\tLAST USED", rows)
+		},
+	}
+	out = addOutput(cmd)
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	return cmd
+}
+
+func masked(m api.IdentifierMaskingDetails) string {
+	return m.Prefix + m.MaskedValuePrefix + "…" + m.MaskedValueSuffix
+}
+
+func (c *CLI) keyDeleteCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:               "delete KEY-ID...",
+		Aliases:           []string{"rm"},
+		Short:             "Delete API keys for good",
+		Long:              "Deletes API keys by their IDs, as `cay key list` shows them. Clients that use\none are refused from then on; running sandboxes stay.",
+		Example:           "  cay key delete $(cay key list -q | tail -1)",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: c.keyIDs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, id := range args {
+				r, err := client.api.DeleteAPIKeyWithResponse(cmd.Context(), id, client.forTeam)
+				if err != nil {
+					return client.unreachable(err)
+				}
+				if err := answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent); err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				fmt.Fprintln(c.Err, "Deleted "+id)
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
+
+// keyIDs completes the IDs of keys.
+func (c *CLI) keyIDs(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	client, err := c.connect(cmd)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	r, err := client.api.ListAPIKeysWithResponse(cmd.Context(), client.forTeam)
+	if err != nil || r.JSON200 == nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var out []cobra.Completion
+	for _, k := range *r.JSON200 {
+		out = append(out, cobra.CompletionWithDesc(k.Id, k.Name))
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp
+}
