@@ -63,6 +63,14 @@ func (b *Bare) Run(ctx context.Context, out *os.File) error {
 	return nil
 }
 
+// Exec is `runsc exec`: it returns when the program in the guest has ended.
+func (b *Bare) Exec(ctx context.Context, args ...string) error {
+	if out, err := b.command(ctx, append([]string{"exec", string(b.spec.ID)}, args...)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("runsc exec: %w: %s", err, out)
+	}
+	return nil
+}
+
 // Delete is `runsc delete --force`.
 func (b *Bare) Delete(ctx context.Context) error {
 	if out, err := b.command(ctx, "delete", "--force", string(b.spec.ID)).CombinedOutput(); err != nil {
