@@ -23,7 +23,9 @@ var controlRoutes = map[string]bool{
 // Public returns the handler of the public listener. Paths are compared as
 // they are: nothing is cleaned, so nothing is reached by another spelling.
 func (s *Server) Public() http.Handler {
-	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage)}
+	// Output and events come in small messages, for which compression costs
+	// more than it saves, a large buffer each above all.
+	opts := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage), connect.WithCompressMinBytes(64 << 10)}
 	_, process := processconnect.NewProcessHandler(&processService{s}, opts...)
 	_, filesystem := filesystemconnect.NewFilesystemHandler(&filesystemService{s}, opts...)
 

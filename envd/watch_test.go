@@ -255,7 +255,7 @@ func TestNetworkMounts(t *testing.T) {
 
 func TestWatchStream(t *testing.T) {
 	g := newFileGuest(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 120*time.Second)
 	defer cancel()
 	req := as(&pb.WatchDirRequest{Path: g.home, Recursive: true}, "")
 	req.Header().Set(headerKeepalive, "1")
