@@ -45,13 +45,13 @@ func (s *server) builder() (*template.Builder, error) {
 	if err != nil {
 		return nil, err
 	}
-	print := template.Printer(progressWriter{s.rep}, s.rep.pipe == nil && isTerminal(s.rep.err), false)
+	progress := template.Printer(progressWriter{s.rep}, s.rep.pipe == nil && isTerminal(s.rep.err), false)
 	return &template.Builder{
 		Blobs: s.host.blobs, Node: s.host.orch, Registry: registry{s.store, cay.TeamID(s.creds.TeamID)},
 		Prober: template.EnvdProber{Port: envd.Port},
 		Agent:  template.Agent{Init: initBin, Envd: envdBin, EnvdVersion: envd.Version},
 		Dir:    s.dir.path("work"), Team: cay.TeamID(s.creds.TeamID),
-		Progress: print, Log: s.log.With("part", "template"),
+		Progress: progress, Log: s.log.With("part", "template"),
 	}, nil
 }
 

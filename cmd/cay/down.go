@@ -61,17 +61,13 @@ func (a *app) down(ctx context.Context, cfg settings.Settings) error {
 		return err
 	}
 	defer unlock()
-	creds, err := d.loadCredentials()
-	if err != nil {
-		return err
-	}
 	log, err := newLogger(cfg, io.Discard)
 	if err != nil {
 		return err
 	}
 	cfg.PoolSize = 0
 	h := newHost(d, cfg, log, nil)
-	st, err := openStore(ctx, d, creds)
+	st, err := openStore(ctx, d)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cayhq/cay/internal/cli"
+	"github.com/cayhq/cay/runtime/gvisor"
 )
 
 // app is what every command shares: the streams, so that a test can run a
@@ -23,6 +24,7 @@ type app struct {
 }
 
 func main() {
+	gvisor.Dispatch() // the engine's processes are this binary, too
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 

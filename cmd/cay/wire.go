@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"strconv"
 	"syscall"
@@ -31,7 +30,6 @@ import (
 	"github.com/cayhq/cay/runtime/gvisor"
 	"github.com/cayhq/cay/store/sqlite"
 	"github.com/cayhq/cay/template"
-	"github.com/cayhq/cay/templates"
 )
 
 // nodeID is the name of the only node of one machine.
@@ -62,7 +60,6 @@ func hostTag(d dataDir) string {
 
 func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchestrator.Streams) *host {
 	h := &host{dir: d, log: log}
-	h.blobs = file.New(d.path("blobs"))
 	h.disks = &disk.Disks{Dir: d.path("disk"), Reserve: int64(cfg.DiskReserveMB) << 20, Ahead: 2, Log: log.With("part", "disk")}
 	h.nets = &network.Pool{Tag: hostTag(d), NamespaceDir: "/run/netns", StateDir: "/run/cay", CIDR: cfg.SandboxCIDR,
 		Warm: 4, Log: log.With("part", "network")}
@@ -70,8 +67,8 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
 	h.rt.Log = log.With("part", "runtime")
 	h.orch = &orchestrator.Orchestrator{
-		Node: nodeID, Dir: d.path("run", "orchestrator"),
-		Runtime: h.rt, Slots: h.nets, Disks: h.disks, Builds: buildFiles{h.blobs},
+		Node: nodeID, Dir: d.path("run", "orchestrator"), SnapshotDir: d.path("snapshots"),
+		Runtime: h.rt, Slots: h.nets, Disks: h.disks,
 		Catalog: memory.New(), Streams: streams,
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
 		MemoryAvailable: orchestrator.MemoryAvailable,
@@ -87,10 +84,14 @@ func (h *host) open(ctx context.Context) error {
 			return errDataDir(string(h.dir), err)
 		}
 	}
+	blobs, err := file.Open(ctx, h.dir.path("blobs"))
+	if err != nil {
+		return err
+	}
+	h.blobs, h.orch.Builds = blobs, buildFiles{blobs}
 	// Nothing here waits for the others, and the engine's supervisor and the
 	// mounts take a moment each.
 	var eg errgroup.Group
-	eg.Go(func() error { return h.blobs.Open(ctx) })
 	eg.Go(func() error { return h.disks.Open(ctx) })
 	eg.Go(func() error { return h.nets.Open(ctx) })
 	eg.Go(func() error { return h.rt.Open(ctx) })
@@ -102,7 +103,11 @@ func (h *host) open(ctx context.Context) error {
 
 // close lets go of everything; guests stay.
 func (h *host) close() error {
-	return errors.Join(h.orch.Close(), h.rt.Close(), h.nets.Close(), h.disks.Close(), h.blobs.Close())
+	err := errors.Join(h.orch.Close(), h.rt.Close(), h.nets.Close(), h.disks.Close())
+	if h.blobs != nil {
+		err = errors.Join(err, h.blobs.Close())
+	}
+	return err
 }
 
 // buildFiles finds the layers of builds in the artefact store.
@@ -111,10 +116,7 @@ type buildFiles struct{ blobs blob.Store }
 // Open implements [orchestrator.Builds]. A build that is being verified has a
 // candidate manifest; only the builder knows its ID.
 func (b buildFiles) Open(ctx context.Context, id cay.BuildID) (cay.Manifest, []disk.Layer, error) {
-	m, err := template.Load(ctx, b.blobs, id)
-	if cay.CodeOf(err) == cay.CodeTemplateNotFound {
-		m, err = template.LoadCandidate(ctx, b.blobs, id)
-	}
+	m, err := template.LoadCandidate(ctx, b.blobs, id)
 	if err != nil {
 		return cay.Manifest{}, nil, err
 	}
@@ -184,7 +186,7 @@ func (s *server) open(ctx context.Context) (err error) {
 	s.proxy = &proxy.Server{Domain: s.cfg.Domain, Log: s.log.With("part", "proxy")}
 	s.host = newHost(s.dir, s.cfg, s.log, s.proxy)
 	s.proxy.Catalog = s.host.orch.Catalog
-	if s.store, err = openStore(ctx, s.dir, s.creds); err != nil {
+	if s.store, err = openStore(ctx, s.dir); err != nil {
 		return err
 	}
 	if err := s.host.open(ctx); err != nil {
@@ -274,6 +276,3 @@ func listen(what, flag, addr string) (net.Listener, error) {
 		Message: fmt.Sprintf("cannot listen on %s for the %s: %v", addr, what, err),
 		Fix:     "give " + flag + " an address of this machine, such as 127.0.0.1:3000", Err: err}
 }
-
-var _ = netip.Prefix{}
-var _ = templates.FS

@@ -307,6 +307,9 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec) error {
 		err = ctx.Err() // the caller has given up: it counts on nothing being left
 	}
 	i.op.Unlock()
+	if err != nil {
+		i.log.Warn("instance could not be created", "err", err)
+	}
 	if err == nil {
 		i.log.Info("instance created", "pid", i.snapshot().PID, "took", s.now().Sub(began))
 		return nil
