@@ -5,11 +5,13 @@ package main
 import (
 	"context"
 	"io"
+	"math"
 	"os"
 	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/internal/cli"
 	"github.com/cayhq/cay/runtime/gvisor"
@@ -25,7 +27,16 @@ type app struct {
 
 func main() {
 	gvisor.Dispatch() // the engine's processes are this binary, too
+	keepInherited()
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// keepInherited keeps what the caller left open from our children: a server
+// outlives its caller, who may wait for the end of a pipe, and dash, which apt
+// and mmdebstrap use, fails when descriptors below 10 are taken.
+func keepInherited() {
+	// Where the kernel lacks the call (before 5.11), they are passed on.
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 }
 
 // run executes one command line and returns the exit status: 0 for success, 1
