@@ -44,6 +44,9 @@ func stage(u *user, path, base string) (*staged, error) {
 		}
 		return t.create()
 	})
+	if err == nil && t.inPlace {
+		err = t.spool()
+	}
 	if err != nil {
 		t.discard()
 		return nil, pathError(path, err)
@@ -75,6 +78,13 @@ func (t *staged) locate(base string) error {
 			return invalid("path is not a regular file: %s", t.path)
 		case unix.ENOTDIR:
 			return invalid("a parent of '%s' is not a directory", t.path)
+		case unix.EACCES:
+			// gVisor judges the rights first, and so may not say EISDIR.
+			if p, perr := openPath(t.path, unix.O_PATH|unix.O_DIRECTORY); perr == nil {
+				unix.Close(p)
+				return invalid("path is a directory: %s", t.path)
+			}
+			return err
 		default:
 			return err
 		}
@@ -204,37 +214,26 @@ func (t *staged) create() error {
 		if t.old < 0 {
 			return err
 		}
-		if fd, err = spool(); err != nil {
-			return err
-		}
 		t.inPlace = true
+		return nil
 	default:
 		return err
 	}
 	t.file = os.NewFile(uintptr(fd), t.path)
-	if t.is && !t.inPlace {
+	if t.is {
 		return unix.Fchmod(fd, t.mode) // the umask is for new files
 	}
 	return nil
 }
 
-// spool opens a file without a name.
-func spool() (int, error) {
-	dir, err := openPath(os.TempDir(), unix.O_PATH|unix.O_DIRECTORY)
+// spool opens a file without a name, as root: it is nobody's business.
+func (t *staged) spool() error {
+	f, err := os.CreateTemp("", tempName(tempCreates))
 	if err != nil {
-		return -1, err
+		return fmt.Errorf("making room for what is received: %w", err)
 	}
-	defer unix.Close(dir)
-	name := tempName(tempCreates)
-	fd, err := openAt(dir, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
-	if err != nil {
-		return -1, err
-	}
-	if err := unix.Unlinkat(dir, name, 0); err != nil {
-		unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
+	t.file = f
+	return os.Remove(f.Name())
 }
 
 // free reports whether the filesystem has room for n more bytes, so that an
