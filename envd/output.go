@@ -22,17 +22,19 @@ const (
 
 // An ended process may have left descendants that hold its output. Its own
 // bytes are all in the pipe then; theirs are awaited while they come without a
-// pause of quietTime, for drainTime at most. Time in which a client makes us
-// wait does not count.
+// pause of quietTime, for drainTime and lateBytes at most. Time in which a
+// client makes us wait does not count.
 const (
 	quietTime = 200 * time.Millisecond
 	drainTime = 2 * time.Second
+	lateBytes = 1 << 20
 )
 
 // drain is the state of that, guarded by the process's mu.
 type drain struct {
 	until time.Time // zero while the process lives
 	last  time.Time // when output came last
+	bytes int       // that came since the process ended
 }
 
 // subscriber is one reader of a process's events. Sending waits for it: a slow
@@ -173,49 +175,55 @@ func (s source) discard() {
 // pump forwards what comes out of a source until its end, or until the process
 // has ended and what follows is not awaited any more. It reports which.
 func (p *process) pump(ps *processes, s source, event func([]byte) *pb.ProcessEvent_DataEvent) (eof bool) {
-	forward := func(b []byte) {
+	forward := func(b []byte) (enough bool) {
 		ps.stir()
 		began := time.Now()
 		p.broadcast(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: event(b)}})
-		p.came(began)
+		return p.came(len(b), began)
 	}
 	for {
 		b, err := s.next()
-		switch {
-		case err == nil:
-			forward(b)
+		if err == nil {
+			if forward(b) {
+				break
+			}
 			continue
-		case !errors.Is(err, os.ErrDeadlineExceeded):
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return true
 		}
-		if at := p.patience(); time.Until(at) > 0 {
-			s.f.SetReadDeadline(at)
-			continue
+		at := p.patience()
+		if time.Until(at) <= 0 {
+			break
 		}
-		// What is on its way now was written before the end, or so soon after
-		// that it may pass for it; but not more, or a busy writer would never
-		// let the process end.
-		for left := s.capacity(); left > 0; {
-			b, err := s.now()
-			if err != nil {
-				return errors.Is(err, io.EOF)
-			}
-			left -= len(b)
-			forward(b)
-		}
-		return false
+		s.f.SetReadDeadline(at)
 	}
+	// What is on its way now was written before the end, or so soon after that
+	// it may pass for it; but not more, or a busy writer would never let the
+	// process end.
+	for left := s.capacity(); left > 0; {
+		b, err := s.now()
+		if err != nil {
+			return errors.Is(err, io.EOF)
+		}
+		left -= len(b)
+		forward(b)
+	}
+	return false
 }
 
-// came notes that output came, and that handing it on took until now.
-func (p *process) came(began time.Time) {
+// came notes that output came, and that handing it on took until now. It
+// reports whether that is enough of an ended process.
+func (p *process) came(n int, began time.Time) (enough bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.drain.last = now
-	if !p.drain.until.IsZero() {
-		p.drain.until = p.drain.until.Add(now.Sub(began))
+	d := &p.drain
+	if d.until.IsZero() {
+		return false
 	}
+	d.last, d.until, d.bytes = now, d.until.Add(now.Sub(began)), d.bytes+n
+	return d.bytes >= lateBytes
 }
 
 // patience is until when more output of descendants is awaited.

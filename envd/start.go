@@ -72,7 +72,7 @@ func workingDir(c command) (string, error) {
 		if !st.IsDir() {
 			return syscall.ENOTDIR
 		}
-		return nil
+		return unix.Faccessat(unix.AT_FDCWD, dir, unix.X_OK, unix.AT_EACCESS)
 	})
 	switch {
 	case err == nil:
@@ -156,6 +156,7 @@ func (ps *processes) start(c command) (p *process, err error) {
 	p = &process{tag: c.tag, config: c.config, startedAt: time.Now(),
 		inMu: make(chan struct{}, 1), done: make(chan struct{})}
 	var theirs [3]*os.File
+	made := p // the result is nil where an error is returned
 	defer func() {
 		for i, f := range theirs {
 			if f != nil && (i == 0 || f != theirs[0]) {
@@ -163,7 +164,7 @@ func (ps *processes) start(c command) (p *process, err error) {
 			}
 		}
 		if err != nil {
-			p.closeFiles()
+			made.closeFiles()
 		}
 	}()
 	pidfd := -1
