@@ -100,6 +100,7 @@ func Finish(root *cobra.Command) {
 	root.InitDefaultCompletionCmd()
 	var walk func(*cobra.Command)
 	walk = func(cmd *cobra.Command) {
+		cmd.SuggestionsMinimumDistance = 2
 		if cmd.HasSubCommands() && cmd.RunE == nil && cmd.Run == nil {
 			cmd.Args = noSuchCommand
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }

@@ -30,7 +30,7 @@ const detailRequest = "request"
 // Client talks to one server: as its first team, and as its operator.
 type Client struct {
 	server   Server
-	http     *http.Client
+	http     *http.Client // its transport also carries what goes to guests
 	api      *api.ClientWithResponses
 	operator *operator.ClientWithResponses
 }

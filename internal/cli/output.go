@@ -54,23 +54,41 @@ func WriteJSON(w io.Writer, v any) error {
 
 // writeTable writes rows under a header, in columns.
 func writeTable(w io.Writer, header string, rows [][]string) error {
-	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(t, header)
+	lines := []string{header}
 	for _, r := range rows {
-		fmt.Fprintln(t, strings.Join(r, "\t"))
+		lines = append(lines, strings.Join(r, "\t"))
 	}
-	return t.Flush()
+	return writeColumns(w, lines)
 }
 
 // writePairs writes names and values; an empty value leaves its line out.
 func writePairs(w io.Writer, pairs [][2]string) error {
-	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+	var lines []string
 	for _, p := range pairs {
 		if p[1] != "" {
-			fmt.Fprintf(t, "%s\t%s\n", p[0], p[1])
+			lines = append(lines, p[0]+"\t"+p[1])
 		}
 	}
-	return t.Flush()
+	return writeColumns(w, lines)
+}
+
+// writeColumns aligns the parts of lines that tabs separate. No line ends in
+// blanks.
+func writeColumns(w io.Writer, lines []string) error {
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
+	for _, l := range lines {
+		fmt.Fprintln(t, l)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	var out strings.Builder
+	for line := range strings.Lines(b.String()) {
+		out.WriteString(strings.TrimRight(line, " \n") + "\n")
+	}
+	_, err := io.WriteString(w, out.String())
+	return err
 }
 
 // ago is a duration for people, in its two largest units.

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/gen/api"
 	"github.com/cayhq/cay/internal/gen/operator"
 )
 
@@ -79,10 +80,7 @@ func (c *CLI) listCmd() *cobra.Command {
 				return err
 			}
 			if *out == asJSON {
-				if list == nil {
-					list = list[:0:0]
-				}
-				return WriteJSON(c.Out, list)
+				return WriteJSON(c.Out, append([]api.ListedSandbox{}, list...)) // [] and not null
 			}
 			if !quiet && len(list) == 0 {
 				fmt.Fprintln(c.Err, "No sandboxes run.")
