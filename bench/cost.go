@@ -19,11 +19,29 @@ import (
 // cost is what a server and its sandboxes use at one instant.
 type cost struct {
 	groups  int           // cgroups: one for each guest
-	pss     float64       // bytes, of the guests' processes
+	pss     parts         // bytes, of the guests' processes
 	server  float64       // bytes, PSS of server and supervisor
 	cgroup  float64       // bytes charged to the guests' cgroups, without file cache
 	cpu     time.Duration // consumed by the guests
 	daemons time.Duration // consumed by server and supervisor
+}
+
+// parts are of a guest: the engine's kernel, the engine's file server, and the
+// processes that run the guest's own code.
+type parts struct{ sentry, gofer, stubs float64 }
+
+func (p parts) sum() float64 { return p.sentry + p.gofer + p.stubs }
+
+// add adds to the part that a process with this name is.
+func (p *parts) add(name string, bytes float64) {
+	switch {
+	case strings.HasPrefix(name, "runsc-gofer"):
+		p.gofer += bytes
+	case strings.HasPrefix(name, "runsc"):
+		p.sentry += bytes
+	default: // they have no name
+		p.stubs += bytes
+	}
 }
 
 // guestGroups is where the cgroups of a data directory's guests are.
@@ -199,7 +217,8 @@ func (g guestGroups) cost() (cost, error) {
 		return c, err
 	}
 	for _, pid := range guests {
-		c.pss += pssOf(pid)
+		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // one that has ended has no memory either
+		c.pss.add(string(name), pssOf(pid))
 	}
 	for _, pid := range daemons {
 		c.server += pssOf(pid)

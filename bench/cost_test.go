@@ -66,6 +66,16 @@ func TestGuestGroups(t *testing.T) {
 	}
 }
 
+func TestParts(t *testing.T) {
+	var p parts
+	for name, bytes := range map[string]float64{"runsc-sandbox\x00--x": 1, "runsc-gofer\x00--x": 2, "": 4} {
+		p.add(name, bytes)
+	}
+	if p != (parts{sentry: 1, gofer: 2, stubs: 4}) || p.sum() != 7 {
+		t.Errorf("got %+v, in all %v", p, p.sum())
+	}
+}
+
 // TestOwnProcess holds the readers of /proc against this process.
 func TestOwnProcess(t *testing.T) {
 	if pss := pssOf(os.Getpid()); pss < 1e6 {

@@ -59,7 +59,7 @@ var sections = []section{
 }
 
 // figureRows are the single numbers, in the order of the table.
-var figureRows = []string{rateCold, ratePool, idleMemory, idlePSS, idleCgroup, idleHost, idleCPU, upFull, sizeCay, sizeEnvd}
+var figureRows = []string{rateCold, ratePool, idleMemory, idlePSS, idleSentry, idleGofer, idleStubs, idleGrowth, idleCgroup, idleHost, idleCPU, upFull, sizeCay, sizeEnvd}
 
 // print writes the report for people.
 func (r Report) print(w io.Writer) {

@@ -17,7 +17,7 @@ func sample() Report {
 		Load:     Load{Average: 0.4, BusyPercent: 3, StealPercent: 0},
 		Versions: Versions{Cay: "0.1.0", Engine: "v0", SDK: "2.51.0", Node: "22", Go: "1.26"},
 		Series: map[string]Summary{
-			bareRun:              summarize("ms", []float64{100, 120, 90}),
+			bareReady:            summarize("ms", []float64{100, 120, 90}),
 			createCold:           summarize("ms", []float64{71.25, 80, 60}),
 			stepPrefix + "ready": summarize("ms", []float64{0.0421}),
 		},
@@ -34,20 +34,20 @@ func TestPrint(t *testing.T) {
 virtual machine: AMD EPYC, 2 cores, 24683 MB, Debian 12, Linux 6.18
 before the run: load 0.40, processors 3 % busy, 0 % stolen
 
-                           n    min    p50    p95    p99    max
+                                             n    min    p50    p95    p99    max
 Create
-  create, no pool          3     60   71.2     80     80     80  ms
+  create, no pool                            3     60   71.2     80     80     80  ms
 Yardsticks of the same run
-  bare runsc run --detach  3     90    100    120    120    120  ms
+  bare runsc run --detach, to envd's answer  3     90    100    120    120    120  ms
 Steps of a create without a pool
-  ready                    1  0.042  0.042  0.042  0.042  0.042  ms
+  ready                                      1  0.042  0.042  0.042  0.042  0.042  ms
 
   idle sandbox, memory  17.2  MB
 
 Promised
-  create, no pool ÷ bare runsc run --detach  0.71  ≤  0.80  ×   met
-  create, no pool: p99 ÷ p50                 1.12  ≤     3  ×   met
-  idle sandbox, memory                       17.2  ≤    16  MB  MISSED
+  create, no pool ÷ bare runsc run --detach, to envd's answer  0.71  ≤  0.80  ×   met
+  create, no pool: p99 ÷ p50                                   1.12  ≤     3  ×   met
+  idle sandbox, memory                                         17.2  ≤    16  MB  MISSED
 `
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

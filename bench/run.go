@@ -440,12 +440,14 @@ func (r *run) idleCost(ctx context.Context) error {
 	per := float64(r.idle)
 	growth := (full.server - before.server) / per
 	mb := func(bytes float64) Figure { return Figure{round(bytes / 1e6), "MB"} }
-	r.figures[idlePSS] = mb(full.pss/per + growth)
+	r.figures[idlePSS] = mb(full.pss.sum()/per + growth)
+	r.figures[idleSentry], r.figures[idleGofer], r.figures[idleStubs] = mb(full.pss.sentry/per), mb(full.pss.gofer/per), mb(full.pss.stubs/per)
+	r.figures[idleGrowth] = mb(growth)
 	r.figures[idleCgroup] = mb(full.cgroup / per)
 	r.figures[idleHost] = mb((free["MemAvailable"] - left["MemAvailable"]) / per)
 	// Each count misses something that the other has: shared pages of programs
 	// are in no guest's cgroup, the kernel's memory is in no process.
-	r.figures[idleMemory] = mb(max(full.pss, full.cgroup)/per + growth)
+	r.figures[idleMemory] = mb(max(full.pss.sum(), full.cgroup)/per + growth)
 	r.figures[idleCPU] = Figure{round(100 * (guestsNow - guests + daemonsNow - daemons).Seconds() / took.Seconds() / per), "% of a core"}
 
 	if err := t.signal(syscall.SIGKILL); err != nil {
