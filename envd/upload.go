@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"bufio"
 	"compress/gzip"
 	"errors"
 	"fmt"
@@ -28,7 +29,10 @@ const (
 	maxNames = 8 << 20
 )
 
-var copyBuffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+var (
+	copyBuffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+	bodyReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
+)
 
 // uploaded is how the answer names a written file.
 type uploaded struct {
@@ -95,7 +99,11 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request) ([]uploaded, er
 	}
 	idle := &idleReader{r: r.Body, rc: http.NewResponseController(w)}
 	defer idle.stop()
-	body, err := decoded(idle, r.Header)
+	// Decoders read in small steps; the connection should not.
+	steps := bodyReaders.Get().(*bufio.Reader)
+	steps.Reset(idle)
+	defer func() { steps.Reset(nil); bodyReaders.Put(steps) }()
+	body, plain, err := decoded(steps, r.Header)
 	if err != nil {
 		return nil, err
 	}
@@ -111,11 +119,11 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request) ([]uploaded, er
 		if in.path == "" {
 			return nil, invalid("the path query parameter is required for application/octet-stream")
 		}
-		size := int64(-1)
-		if body == io.Reader(idle) {
-			size = r.ContentLength
+		if plain {
+			err = in.take("", idle, r.ContentLength)
+		} else {
+			err = in.take("", body, -1)
 		}
-		err = in.take("", body, size)
 	case "multipart/form-data":
 		if params["boundary"] == "" {
 			return nil, invalid("the content type names no multipart boundary")
@@ -144,20 +152,21 @@ func broken(err error) error {
 	return &fault{code: connect.CodeInvalidArgument, msg: "the body of the request is broken", err: err}
 }
 
-// decoded undoes the encoding of a request's whole body.
-func decoded(body io.Reader, h http.Header) (io.Reader, error) {
+// decoded undoes the encoding of a request's whole body; plain tells that there
+// is none.
+func decoded(body io.Reader, h http.Header) (r io.Reader, plain bool, err error) {
 	enc, _, _ := strings.Cut(h.Get("Content-Encoding"), ";")
 	switch strings.ToLower(strings.TrimSpace(enc)) {
 	case "", "identity":
-		return body, nil
+		return body, true, nil
 	case "gzip":
 		z, err := gzip.NewReader(body)
 		if err != nil {
-			return nil, broken(err)
+			return nil, false, broken(err)
 		}
-		return z, nil
+		return z, false, nil
 	default:
-		return nil, invalid("unsupported Content-Encoding %q, supported: [gzip]", enc)
+		return nil, false, invalid("unsupported Content-Encoding %q, supported: [gzip]", enc)
 	}
 }
 
@@ -276,24 +285,26 @@ func (in *intake) take(name string, body io.Reader, size int64) error {
 	return fill(in.held, body)
 }
 
-// fill copies a body into a staged file.
+// fill copies a body into a staged file, a full buffer at a time.
 func fill(t *staged, body io.Reader) error {
 	buf := copyBuffers.Get().(*[]byte)
 	defer copyBuffers.Put(buf)
-	for {
-		n, rerr := body.Read(*buf)
-		if n > 0 {
-			if _, err := t.file.Write((*buf)[:n]); err != nil {
-				return fmt.Errorf("writing '%s': %w", t.path, err)
-			}
+	var rerr error
+	for rerr == nil {
+		n := 0
+		for n < len(*buf) && rerr == nil {
+			var m int
+			m, rerr = body.Read((*buf)[n:])
+			n += m
 		}
-		if rerr == io.EOF {
-			return nil
-		}
-		if rerr != nil {
-			return broken(rerr)
+		if _, err := t.file.Write((*buf)[:n]); err != nil {
+			return fmt.Errorf("writing '%s': %w", t.path, err)
 		}
 	}
+	if rerr != io.EOF {
+		return broken(rerr)
+	}
+	return nil
 }
 
 func (in *intake) commit() error {

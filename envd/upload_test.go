@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -327,13 +328,22 @@ func TestUploadFullDisk(t *testing.T) {
 	g.leftovers(small)
 }
 
-// Names of files must not matter to memory: what counts is one buffer.
-func TestUploadLargeBody(t *testing.T) {
+// A transfer takes a few buffers, whatever its size, on both sides together.
+func TestLargeFile(t *testing.T) {
 	g := newFileGuest(t)
-	const size = 24 << 20
+	const size, most = 64 << 20, 4 << 20
+	allocated := func() uint64 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.TotalAlloc
+	}
+	start := allocated()
 	code, body := g.put(g.url("path", "large"), io.LimitReader(pattern{}, size))
 	if code != 200 {
 		t.Fatal(code, body)
+	}
+	if n := allocated() - start; n > most {
+		t.Errorf("the upload took %d KiB", n>>10)
 	}
 	f, err := os.Open(filepath.Join(g.home, "large"))
 	must(t, err)
@@ -341,11 +351,25 @@ func TestUploadLargeBody(t *testing.T) {
 	if n := comparePattern(t, f); n != size {
 		t.Errorf("%d bytes", n)
 	}
-	resp, err := http.Get(g.url("path", "large"))
-	must(t, err)
-	defer resp.Body.Close()
-	if n := comparePattern(t, resp.Body); n != size {
-		t.Errorf("%d bytes came back", n)
+	for _, enc := range []string{"identity", "gzip"} {
+		start = allocated()
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, g.url("path", "large"), nil)
+		must(t, err)
+		r.Header.Set("Accept-Encoding", enc)
+		resp, err := g.web.Client().Do(r)
+		must(t, err)
+		in := io.Reader(resp.Body)
+		if enc == "gzip" {
+			in, err = gzip.NewReader(in)
+			must(t, err)
+		}
+		if n := comparePattern(t, in); n != size {
+			t.Errorf("%d bytes came back as %s", n, enc)
+		}
+		resp.Body.Close()
+		if n := allocated() - start; n > most {
+			t.Errorf("the download as %s took %d KiB", enc, n>>10)
+		}
 	}
 }
 
