@@ -136,8 +136,10 @@ type Doctor struct {
 	ReserveBytes       int64 // free space that new sandboxes leave
 	MemoryMB           int   // of a sandbox of the base template
 
-	// Server is nil when none runs.
+	// Server is nil when none is ready.
 	Server *Server
+	// Starting is the process of a server that is not ready yet; 0 is none.
+	Starting int
 	// What of the host belongs to the data directory.
 	Tag          string // of namespaces, links and the firewall table
 	NamespaceDir string

@@ -105,7 +105,7 @@ func checkCgroup(_ context.Context, d *Doctor) Finding {
 			have = append(have, strings.Split(e.Name(), ",")...)
 		}
 		if v2, err := d.read(at + "/unified/cgroup.controllers"); err == nil {
-			version = "hybrid, v1 with v2 beside it"
+			version = "hybrid (v1, with v2 beside it)"
 			// A controller that v2 has taken is of no use in v1.
 			for _, c := range strings.Fields(v2) {
 				have = slices.DeleteFunc(have, func(h string) bool { return h == c })

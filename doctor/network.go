@@ -57,20 +57,20 @@ func checkPorts(_ context.Context, d *Doctor) Finding {
 			free = append(free, p.addr)
 			continue
 		}
-		if d.Server != nil && d.Server.PID == pid {
-			ours = append(ours, p.addr)
+		if pid == d.Starting || d.Server != nil && pid == d.Server.PID {
+			ours = append(ours, fmt.Sprintf("%s: held by this data directory's server (pid %d)", p.addr, pid))
 			continue
 		}
 		return fail(fmt.Sprintf("the %s's address %s is taken by process %d (%s)", p.what, p.addr, pid, cmd),
 			fmt.Sprintf("stop it: `kill %d`; or choose another address with %s", pid, p.flag))
 	}
-	switch {
-	case len(ours) > 0:
-		return ok("%s: held by the running server (pid %d)", strings.Join(append(ours, free...), " and "), d.Server.PID)
-	case len(free) > 0:
-		return ok("%s free", strings.Join(free, " and "))
+	if len(free) > 0 {
+		ours = append(ours, strings.Join(free, " and ")+" free")
 	}
-	return ok("any free port")
+	if ours == nil {
+		return ok("any free port")
+	}
+	return ok("%s", strings.Join(ours, "; "))
 }
 
 func checkFirewall(_ context.Context, d *Doctor) Finding {

@@ -12,6 +12,9 @@ var runtimeChecks = []check{
 }
 
 func checkServer(ctx context.Context, d *Doctor) Finding {
+	if d.Server == nil && d.Starting > 0 {
+		return warn(fmt.Sprintf("process %d is starting", d.Starting), "wait until it is ready: the first start builds the base template, which takes minutes")
+	}
 	if d.Server == nil {
 		return skip("not running; `cay up` starts it")
 	}

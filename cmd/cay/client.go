@@ -29,11 +29,10 @@ func locate(path string) (cli.Server, error) {
 	info, err := d.readServer()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		why := ""
-		if pid := d.readPID(); pid > 0 && alive(pid) {
-			why = fmt.Sprintf(" yet: process %d (%s) is starting", pid, commandOf(pid))
+		if pid := d.starting(); pid > 0 {
+			return cli.Server{}, cli.Starting(path, pid)
 		}
-		return cli.Server{}, cli.NotRunning(path, why)
+		return cli.Server{}, cli.NotRunning(path, "")
 	case errors.Is(err, fs.ErrPermission):
 		return cli.Server{}, errNotReadable(path, err)
 	case err != nil:
@@ -51,6 +50,18 @@ func locate(path string) (cli.Server, error) {
 	}
 	return cli.Server{DataDir: path, PID: info.PID, Version: info.Version, StartedAt: info.StartedAt, APIURL: info.APIURL, ProxyURL: info.ProxyURL,
 		TeamID: cay.TeamID(creds.TeamID), APIKey: cay.Secret(creds.APIKey), AdminToken: cay.Secret(creds.AdminToken)}, nil
+}
+
+// starting returns the process of a server that is not ready yet, or 0.
+func (d dataDir) starting() int {
+	pid := d.readPID()
+	if _, err := os.Stat(d.serverFile()); err == nil || !alive(pid) {
+		return 0
+	}
+	if free, err := lockFree(d); err != nil || free {
+		return 0 // a file left by a crash, whose number another process has now
+	}
+	return pid
 }
 
 func errNotReadable(path string, err error) error {

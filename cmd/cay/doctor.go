@@ -92,6 +92,7 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 		d.Server = &doctor.Server{PID: s.PID, Health: client.Health}
 		d.Trial = cli.NewTrial(client, baseTemplate)
 	}
+	d.Starting = dir.starting()
 	if _, err := os.Stat(dir.credentialsFile()); err != nil {
 		return d, func() {}, nil // never used: the parts do not exist yet
 	}

@@ -195,7 +195,7 @@ func (c *CLI) overview(cmd *cobra.Command) error {
 	next := []string{"cay up" + flag, "start the sandbox cloud", "cay doctor" + flag, "check this machine", "cay --help", "every command"}
 	switch {
 	case cay.CodeOf(err) == cay.CodeNotRunning:
-		fmt.Fprintf(c.Out, "Cay %s is not running (data directory %s).\n\n", cay.Version, dir)
+		fmt.Fprintf(c.Out, "Cay %s: %s.\n\n", cay.Version, messageOf(err))
 	case err != nil:
 		return err
 	default:
@@ -211,6 +211,14 @@ func (c *CLI) overview(cmd *cobra.Command) error {
 		fmt.Fprintf(c.Out, "  %-*s  # %s\n", width, pair[0], pair[1])
 	}
 	return nil
+}
+
+func messageOf(err error) string {
+	var e *cay.Error
+	if errors.As(err, &e) {
+		return e.Message
+	}
+	return err.Error()
 }
 
 // sandboxIDs completes the IDs of running sandboxes.

@@ -199,6 +199,14 @@ func (c *CLI) configCmd() *cobra.Command {
 	return cmd
 }
 
+// Starting is the error for a server that is not ready yet.
+func Starting(dataDir string, pid int) error {
+	return &cay.Error{Code: cay.CodeNotRunning, Layer: cay.LayerHost,
+		Message: fmt.Sprintf("the server of the data directory %s (pid %d) is not ready yet", dataDir, pid),
+		Fix:     "wait for its ready line: the first start builds the base template, which takes minutes",
+		Detail:  map[string]string{"dataDir": dataDir, "pid": fmt.Sprint(pid)}}
+}
+
 // NotRunning is the error for a data directory without a server.
 func NotRunning(dataDir, why string) error {
 	up := "cay up"
