@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -91,6 +92,7 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 		}
 		d.Server = &doctor.Server{PID: s.PID, Health: client.Health}
 		d.Trial = cli.NewTrial(client, baseTemplate)
+		d.APIAddr, d.ProxyAddr = strings.TrimPrefix(s.APIURL, "http://"), strings.TrimPrefix(s.ProxyURL, "http://")
 	}
 	d.Starting = dir.starting()
 	if _, err := os.Stat(dir.credentialsFile()); err != nil {

@@ -219,6 +219,19 @@ func TestExecOnATerminal(t *testing.T) {
 	}
 }
 
+// A terminal without a size, as of a program that plays one, gets the usual.
+func TestExecOnATerminalWithoutSize(t *testing.T) {
+	var out syncBuffer
+	run := served(t, &CLI{In: strings.NewReader("exit\r"), Out: &out, Err: io.Discard, InTerm: &fakeTerminal{}})
+	var exit *ExitError
+	if err := run(t.Context(), "sandbox", "exec", "-t", open, "top"); !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(out.String(), "top [] 80x24 TERM=xterm-256color") {
+		t.Errorf("%q", out.String())
+	}
+}
+
 // Interrupting ends the command in the sandbox, and its end is told.
 func TestExecInterrupted(t *testing.T) {
 	tests := []struct{ name, script, says string }{

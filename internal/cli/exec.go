@@ -158,6 +158,9 @@ func (x *execution) run(ctx context.Context, config *process.ProcessConfig) (int
 		if err != nil {
 			return 0, fmt.Errorf("asking for the terminal's size: %w", err)
 		}
+		if size.Cols == 0 || size.Rows == 0 { // a terminal that nobody looks at
+			size = Size{Cols: 80, Rows: 24}
+		}
 		req.Pty = ptyOf(size)
 		config.Envs = withTerm(config.Envs, x.cli.Term)
 	}
