@@ -46,7 +46,8 @@ type Runtime struct {
 	log  *slog.Logger
 	http *http.Client
 
-	spawn sync.Mutex // one start of a supervisor at a time
+	spawn  sync.Mutex // one start of a supervisor at a time
+	ending bool       // guarded by spawn: Shutdown has begun, no supervisor is started any more
 
 	mu      sync.Mutex
 	open    bool
@@ -95,6 +96,7 @@ func (r *Runtime) Open(ctx context.Context) error {
 		},
 		MaxIdleConnsPerHost: 32,
 	}}
+	r.setEnding(false)
 	if err := r.ensure(ctx); err != nil {
 		r.http.CloseIdleConnections()
 		return err
@@ -138,6 +140,9 @@ func (r *Runtime) ensure(ctx context.Context) error {
 	defer cancel()
 	var h hello
 	err := r.ask(ctx, pathHello, &h)
+	if err != nil && r.ending {
+		return errEnding
+	}
 	if err == nil && (h.Protocol != Protocol || h.Engine != EngineVersion) {
 		r.log.Info("replacing the supervisor of another version", "pid", h.PID, "engine", h.Engine, "protocol", h.Protocol, "instances", h.Instances)
 		if err := r.post(ctx, pathLeave, nil); err != nil {
@@ -363,17 +368,42 @@ func (r *Runtime) Stats(ctx context.Context, id runtime.InstanceID) (runtime.Sta
 	return out, r.call(ctx, http.MethodGet, withID(pathStats, id), nil, &out)
 }
 
-// Shutdown implements [runtime.Runtime].
+// errEnding is the answer to who would start a supervisor while Shutdown ends it.
+var errEnding = &cay.Error{Code: cay.CodeEngineUnavailable, Layer: cay.LayerRuntime, Message: "the engine is being shut down", Fix: "start the server again"}
+
+// Shutdown implements [runtime.Runtime]. When it returns, the supervisor's
+// process is gone.
 func (r *Runtime) Shutdown(ctx context.Context) error {
+	// Whoever finds no supervisor starts one, and right after the end of this
+	// one somebody would: the watcher, or a caller of Wait.
+	r.setEnding(true)
 	err := r.do(ctx, http.MethodPost, pathShutdown, nil, nil)
 	if errors.Is(err, errOffline) {
 		// Guests may be there without a supervisor.
-		err = r.call(ctx, http.MethodPost, pathShutdown, nil, nil)
+		r.setEnding(false)
+		err = r.call(ctx, http.MethodGet, pathHello, nil, nil)
+		r.setEnding(true)
+		if err == nil {
+			err = r.do(ctx, http.MethodPost, pathShutdown, nil, nil)
+		}
+	}
+	if err == nil {
+		r.spawn.Lock()
+		pid := r.info.PID
+		r.spawn.Unlock()
+		err = r.waitGone(ctx, pid)
 	}
 	if err != nil {
+		r.setEnding(false)
 		return err
 	}
 	return r.Close()
+}
+
+func (r *Runtime) setEnding(v bool) {
+	r.spawn.Lock()
+	defer r.spawn.Unlock()
+	r.ending = v
 }
 
 // Wait implements [runtime.Runtime].
@@ -442,7 +472,9 @@ func (r *Runtime) watch(ctx context.Context) {
 				return
 			}
 			if err := r.ensure(ctx); err != nil && ctx.Err() == nil {
-				r.log.Error("the engine's supervisor is away", "err", err)
+				if !errors.Is(err, errEnding) {
+					r.log.Error("the engine's supervisor is away", "err", err)
+				}
 				select {
 				case <-time.After(time.Second):
 				case <-ctx.Done():

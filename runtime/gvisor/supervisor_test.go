@@ -89,6 +89,37 @@ func TestSupervisorGoesIdle(t *testing.T) {
 	}
 }
 
+// TestShutdownIsFinal ends supervisors while others look for them: none may come
+// back, for nobody would end it.
+func TestShutdownIsFinal(t *testing.T) {
+	m := newMachine(t)
+	for range 10 {
+		r := m.runtime()
+		if err := r.Open(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for {
+					if _, err := r.Instances(t.Context()); err != nil {
+						return // it is closed
+					}
+				}
+			})
+		}
+		if err := r.Shutdown(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+		lock, err := lockFile(r.home.lock())
+		if err != nil {
+			t.Fatalf("after Shutdown a supervisor runs: %v", err)
+		}
+		lock.Close()
+	}
+}
+
 // TestCrashAtAnyPoint kills the supervisor at random moments of creates, starts
 // and kills. Afterwards nothing may be there that is not listed, and after the
 // kill of what is listed, nothing at all.
