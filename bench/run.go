@@ -438,7 +438,7 @@ func (r *run) idleCost(ctx context.Context) error {
 		return fmt.Errorf("%d sandboxes have %d cgroups", r.idle, full.groups)
 	}
 	per := float64(r.idle)
-	growth := (full.server - before.server) / per
+	growth := max(full.server-before.server, 0) / per // less is the garbage of what was before
 	mb := func(bytes float64) Figure { return Figure{round(bytes / 1e6), "MB"} }
 	r.figures[idlePSS] = mb(full.pss.sum()/per + growth)
 	r.figures[idleSentry], r.figures[idleGofer], r.figures[idleStubs] = mb(full.pss.sentry/per), mb(full.pss.gofer/per), mb(full.pss.stubs/per)

@@ -41,7 +41,7 @@ type yard struct {
 // host's network objects.
 func newYard(dir, tag string) *yard {
 	return &yard{dir: dir, disks: &disk.Disks{Dir: filepath.Join(dir, "disk")},
-		nets: &network.Pool{Tag: tag, NamespaceDir: "/run/netns", StateDir: "/run/cay", Warm: 1}}
+		nets: &network.Pool{Tag: tag, NamespaceDir: "/run/netns", StateDir: "/run/cay", Warm: -1}}
 }
 
 // open takes the newest build of a server's data directory.

@@ -83,6 +83,7 @@ type Pool struct {
 	host    *netlink.Handle
 	slots   map[int]state
 	next    int           // where to look for a free index: the longest unused comes first
+	last    time.Time     // when a slot was taken
 	changed chan struct{} // closed at the next change of a state; nil when nobody waits
 	kick    chan struct{}
 	stop    context.CancelFunc
@@ -417,6 +418,7 @@ func (p *Pool) pick(ctx context.Context) (index int, made bool, err error) {
 			}
 			busy++
 		}
+		p.last = time.Now()
 		if index >= 0 {
 			p.slots[index] = taken
 			return index, true, nil
@@ -570,13 +572,28 @@ func (p *Pool) wake() {
 	}
 }
 
+// refillAfter is how long the filler leaves the processors to whoever took a
+// slot, and now boots a guest, as long as half the slots are still ready.
+const refillAfter = 250 * time.Millisecond
+
+// patience is how long the filler waits before it makes a slot, with so many
+// ready.
+func (p *Pool) patience(ready int) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if 2*ready < p.warm() {
+		return 0
+	}
+	return refillAfter - time.Since(p.last)
+}
+
 // retryAfter is the pause after a slot could not be made or removed.
 const retryAfter = time.Second
 
 // fill holds the pool full until ctx ends.
 func (p *Pool) fill(ctx context.Context) {
 	var last string
-	for {
+	for ctx.Err() == nil {
 		p.mu.Lock()
 		var again, gone []int
 		warm := 0
@@ -602,6 +619,10 @@ func (p *Pool) fill(ctx context.Context) {
 			p.free(gone)
 		}
 		if err == nil && warm < p.warm() && ctx.Err() == nil {
+			if d := p.patience(warm); d > 0 {
+				p.rest(ctx, d, p.kick)
+				continue
+			}
 			var index int
 			p.mu.Lock()
 			index, err = p.reserve(warming)
@@ -628,13 +649,18 @@ func (p *Pool) fill(ctx context.Context) {
 			p.log().Warn("the pool of network slots is not full", "err", err)
 			last = text
 		}
-		pause := time.NewTimer(retryAfter) // a kick would bring the same error sooner
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return
-		case <-pause.C:
-		}
+		p.rest(ctx, retryAfter, nil) // a kick would bring the same error sooner
+	}
+}
+
+// rest waits for a time, for the end of ctx, or for kick.
+func (p *Pool) rest(ctx context.Context, d time.Duration, kick <-chan struct{}) {
+	pause := time.NewTimer(d)
+	defer pause.Stop()
+	select {
+	case <-ctx.Done():
+	case <-pause.C:
+	case <-kick:
 	}
 }
 

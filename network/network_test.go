@@ -314,6 +314,20 @@ func TestSmallBlock(t *testing.T) {
 	}
 }
 
+// TestPatience: the filler leaves a boot alone, unless slots get few.
+func TestPatience(t *testing.T) {
+	p := &Pool{Warm: 4, last: time.Now()}
+	for ready, waits := range map[int]bool{0: false, 1: false, 2: true, 3: true} {
+		if d := p.patience(ready); (d > 0) != waits || d > refillAfter {
+			t.Errorf("with %d ready right after one was taken it waits %v", ready, d)
+		}
+	}
+	p.last = time.Now().Add(-refillAfter)
+	if d := p.patience(3); d > 0 {
+		t.Errorf("long after one was taken it waits %v", d)
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	p := testPool(t, "gone")
 	ctx, cancel := context.WithCancel(t.Context())
