@@ -30,8 +30,8 @@ func files(s Snapshot, scope Scope) error {
 func walk(s Snapshot, scope Scope, dir string) error {
 	var dev uint64
 	return filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // it has just gone
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+			return nil // it has just gone, or never was
 		}
 		if err != nil {
 			return err

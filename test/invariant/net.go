@@ -91,10 +91,14 @@ func firewall(s Snapshot, scope Scope) error {
 // gone reports whether what was listed went before it was looked at.
 func gone(err error) bool { return errors.Is(err, unix.ENOENT) }
 
-// tcpStates are those of include/net/tcp_states.h. Of a connection that is
-// over (TIME_WAIT) only the kernel knows, for a minute.
-var tcpStates = map[string]string{"01": "established", "02": "opening", "03": "opening", "04": "closing",
-	"05": "closing", "07": "closed", "08": "half closed", "09": "closing", "0A": "listening", "0B": "closing"}
+// tcpStates are those of include/net/tcp_states.h.
+var tcpStates = map[string]string{"01": "established", "02": "SYN sent", "03": "SYN received", "04": "FIN wait 1",
+	"05": "FIN wait 2", "06": "time wait", "07": "closed", "08": "close wait", "09": "last ACK", "0A": "listening", "0B": "closing"}
+
+// kernels reports whether a TCP socket is the kernel's own memory of a
+// connection that both sides have closed, or ours has with the other's leave:
+// it goes by itself within a minute, and nobody can do anything about it.
+func kernels(state, inode string) bool { return state == "06" || state == "05" && inode == "0" }
 
 // sockets reads the sockets of this network namespace.
 func sockets(s Snapshot, scope Scope) error {
@@ -111,7 +115,7 @@ func sockets(s Snapshot, scope Scope) error {
 			if strings.HasPrefix(proto, "udp") {
 				state = "bound"
 			}
-			if state != "" {
+			if !kernels(f[3], f[9]) || state == "bound" {
 				s.add(scope, Socket, proto+" "+state, f[1]+" to "+f[2]+" inode "+f[9])
 			}
 		}

@@ -5,14 +5,20 @@ package isolation
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/test/program"
 )
@@ -45,7 +51,7 @@ def go(d):
         try:
             s.connect(addr)
             if d["udp"]:
-                s.send(b"ask")
+                s.send(d["name"].encode())
             return "open: " + s.recv(100).decode(errors="replace")
         except OSError as e:
             said = "%s" % e
@@ -79,24 +85,41 @@ func try(t *testing.T, s *program.Sandbox, ds []destination) map[string]string {
 	return got
 }
 
-// answer serves greetings over TCP and UDP on a port of every address of the
-// network that listen is called in.
-func answer(t *testing.T, greeting string, port int, in func(func() error) error) {
+// ears hears what arrives at a port of every address of a network, over TCP
+// and UDP, and answers with a greeting.
+type ears struct {
+	mu    sync.Mutex
+	heard []string // what datagrams say; a connection is heard by its client
+}
+
+// all returns what was said in datagrams.
+func (e *ears) all() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.heard)
+}
+
+// listen opens ears in the network that in leads to. An answer to a datagram
+// comes from the address that it was sent to only if it is one of udp.
+func listen(t *testing.T, greeting string, port int, in func(func() error) error, udp ...netip.Addr) *ears {
 	t.Helper()
 	var ls []net.Listener
 	var us []net.PacketConn
 	err := in(func() error {
-		for _, family := range []string{"4", "6"} {
-			addr := net.JoinHostPort(map[string]string{"4": "0.0.0.0", "6": "::"}[family], fmt.Sprint(port))
-			l, err := net.Listen("tcp"+family, addr)
+		any := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+		for _, a := range any {
+			l, err := net.ListenTCP(family("tcp", a), net.TCPAddrFromAddrPort(netip.AddrPortFrom(a, uint16(port))))
 			if err != nil {
 				return err
 			}
-			u, err := net.ListenPacket("udp"+family, addr)
+			ls = append(ls, l)
+		}
+		for _, a := range append(any, udp...) {
+			u, err := reuse.ListenPacket(t.Context(), family("udp", a), netip.AddrPortFrom(a, uint16(port)).String())
 			if err != nil {
 				return err
 			}
-			ls, us = append(ls, l), append(us, u)
+			us = append(us, u)
 		}
 		return nil
 	})
@@ -123,17 +146,37 @@ func answer(t *testing.T, greeting string, port int, in func(func() error) error
 			}
 		}()
 	}
+	e := &ears{}
 	for _, u := range us {
 		go func() {
 			for buf := make([]byte, 100); ; {
-				_, peer, err := u.ReadFrom(buf)
+				n, peer, err := u.ReadFrom(buf)
 				if err != nil {
 					return
 				}
+				e.mu.Lock()
+				e.heard = append(e.heard, string(buf[:n]))
+				e.mu.Unlock()
 				u.WriteTo([]byte(greeting), peer)
 			}
 		}()
 	}
+	return e
+}
+
+// reuse lets a socket have an address beside one that has them all; it gets
+// what is for that address.
+var reuse = net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+	cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+	return errors.Join(cerr, err)
+}}
+
+// family is the name of a network over one of the IP versions only.
+func family(network string, a netip.Addr) string {
+	if a.Is4() {
+		return network + "4"
+	}
+	return network + "6"
 }
 
 func here(f func() error) error { return f() }
@@ -172,8 +215,8 @@ func ends(t *testing.T) (out []netip.Addr) {
 // a metadata service or a private range, over either protocol and family; and
 // every guest reaches the internet.
 func TestDestinations(t *testing.T) {
-	answer(t, "this is the host", port, here)
-	answer(t, "this is the world", port, program.InWorld)
+	host := listen(t, "this is the host", port, here)
+	world := listen(t, "this is the world", port, program.InWorld, program.Public)
 	server := program.Start(t, program.Options{})
 	c := server.Client()
 	a, b := c.Make(t, 10*time.Minute, nil), c.Make(t, 10*time.Minute, nil)
@@ -217,6 +260,9 @@ func TestDestinations(t *testing.T) {
 		if udp {
 			name += "/udp"
 		}
+		if slices.ContainsFunc(ds, func(d destination) bool { return d.Name == name }) {
+			return
+		}
 		ds = append(ds, destination{name, host, port, udp})
 	}
 	for _, h := range hosts {
@@ -249,6 +295,20 @@ func TestDestinations(t *testing.T) {
 		}
 		conn.Close()
 	}
+	for _, h := range []string{"127.0.0.1", "169.254.169.254", "10.0.0.1", "fd00:ec2::254"} {
+		conn, err := net.Dial("udp", net.JoinHostPort(h, fmt.Sprint(port)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, "the machine to "+h)
+		conn.Close()
+		program.Eventually(t, 5*time.Second, func() string {
+			if !slices.Contains(append(host.all(), world.all()...), "the machine to "+h) {
+				return "from the machine, a datagram to " + h + " is not heard"
+			}
+			return ""
+		})
+	}
 
 	got := try(t, a, ds)
 	for _, d := range ds {
@@ -256,6 +316,7 @@ func TestDestinations(t *testing.T) {
 			t.Errorf("from inside, %s is %s", d.Name, said)
 		}
 	}
+	unheard(t, ds, host, world)
 	t.Logf("%d destinations are refused", len(ds))
 
 	public := []destination{
@@ -266,10 +327,24 @@ func TestDestinations(t *testing.T) {
 			t.Errorf("from inside, the internet over %s: %s", name, said)
 		}
 	}
-	// The refused ones, tried again from the other guest while the first lives.
-	for name, said := range try(t, b, ds[:len(ds)/2]) {
-		if strings.HasPrefix(said, "open") && !ownService(name) {
+	// The same from the other guest, which has a service of its own.
+	ds = slices.DeleteFunc(ds, func(d destination) bool { return d.Port == port && !d.UDP && ownService(d.Name) })
+	for name, said := range try(t, b, ds) {
+		if strings.HasPrefix(said, "open") {
 			t.Errorf("from the other guest, %s is %s", name, said)
+		}
+	}
+	unheard(t, ds, host, world)
+}
+
+// unheard checks that no datagram to the destinations has arrived anywhere.
+func unheard(t *testing.T, ds []destination, es ...*ears) {
+	t.Helper()
+	for _, e := range es {
+		for _, said := range e.all() {
+			if slices.ContainsFunc(ds, func(d destination) bool { return d.Name == said }) {
+				t.Errorf("a datagram to %s has arrived", said)
+			}
 		}
 	}
 }
@@ -284,15 +359,16 @@ func ownService(name string) bool {
 
 // A guest that was made without internet reaches none, and is still reached.
 func TestNoInternet(t *testing.T) {
-	answer(t, "this is the world", port, program.InWorld)
+	world := listen(t, "this is the world", port, program.InWorld, program.Public)
 	server := program.Start(t, program.Options{Pool: 1})
 	s := server.Client().Make(t, 10*time.Minute, map[string]any{"allow_internet_access": false})
-	for name, said := range try(t, s, []destination{{"TCP", program.Public.String(), port, false}, {"UDP", program.Public.String(), port, true},
-		{"resolver", "8.8.8.8", port, true}}) {
+	ds := []destination{{"TCP", program.Public.String(), port, false}, {"UDP", program.Public.String(), port, true}, {"resolver", "8.8.8.8", port, true}}
+	for name, said := range try(t, s, ds) {
 		if strings.HasPrefix(said, "open") {
 			t.Errorf("the internet over %s is %s", name, said)
 		}
 	}
+	unheard(t, ds, world)
 	// The next sandbox, which may have its slot, has the internet again.
 	if err := s.Kill(t.Context()); err != nil {
 		t.Fatal(err)

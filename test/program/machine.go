@@ -164,6 +164,9 @@ func setUpMachine() error {
 	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("cutting the mounts off: %w", err)
 	}
+	if err := dropForeign(); err != nil {
+		return fmt.Errorf("letting go of other servers' mounts: %w", err)
+	}
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mounting /proc: %w", err)
 	}
@@ -173,6 +176,27 @@ func setUpMachine() error {
 		}
 		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"); err != nil {
 			return fmt.Errorf("mounting %s: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// dropForeign detaches what other servers of the real machine have mounted.
+// Our copy of such a mount would be in the way of its end.
+func dropForeign() error {
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for _, line := range slices.Backward(strings.Split(string(table), "\n")) {
+		head, tail, _ := strings.Cut(line, " - ")
+		h, t := strings.Fields(head), strings.Fields(tail)
+		if len(h) < 5 || len(t) < 2 || h[4] == "/" {
+			continue
+		}
+		loop := strings.HasPrefix(t[1], "/dev/loop") && t[0] != "squashfs" // which packages of some distributions are
+		if loop || t[0] == "overlay" || t[0] == "nsfs" {
+			_ = unix.Unmount(h[4], unix.MNT_DETACH) // gone already, or under one that is
 		}
 	}
 	return nil

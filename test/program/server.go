@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,10 +28,13 @@ import (
 type Options struct {
 	// Pool is the number of guests booted ahead; 0 is none.
 	Pool int
-	// MemoryMB and DiskMB are those of its sandboxes; 0 is 512 and 3072.
+	// MemoryMB and DiskMB are those of its sandboxes; 0 is 512 and 2560.
 	MemoryMB, DiskMB int
 	// Args are further arguments of `cay up`.
 	Args []string
+	// Fresh has the server begin with an empty data directory. Else it has one
+	// with the base template in it, made once in a process for each size.
+	Fresh bool
 }
 
 // Server is a cay server with a data directory of its own.
@@ -91,8 +95,56 @@ func Start(t testing.TB, o Options) *Server {
 			t.Error(err)
 		}
 	})
+	if !o.Fresh {
+		if err := s.plant(); err != nil {
+			t.Fatalf("preparing a data directory: %v", err)
+		}
+	}
 	s.Up(t)
 	return s
+}
+
+// seeds are prepared data directories, by the sizes of their template.
+var seeds = map[[2]int]string{}
+
+// plant fills the data directory with what a server that made the base
+// template has left after `cay down`.
+func (s *Server) plant() error {
+	key := [2]int{s.opts.MemoryMB, s.opts.DiskMB}
+	if seeds[key] == "" {
+		seed, err := newProgram(Options{MemoryMB: s.opts.MemoryMB, DiskMB: s.opts.DiskMB})
+		if err != nil {
+			return err
+		}
+		if err := seed.up(); err != nil {
+			return err
+		}
+		if err := seed.stop(); err != nil {
+			return err
+		}
+		seeds[key] = seed.Dir
+	}
+	from := os.DirFS(seeds[key])
+	if err := os.Mkdir(s.Dir, 0o711); err != nil {
+		return err
+	}
+	for _, name := range []string{"credentials.json", "cay.db"} {
+		if err := copyFile(filepath.Join(s.Dir, name), filepath.Join(seeds[key], name), 0o600); err != nil {
+			return err
+		}
+	}
+	// Blobs are never changed in place, so that a second name is as good as a
+	// copy.
+	return fs.WalkDir(from, "blobs", func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(s.Dir, path)
+		if e.IsDir() {
+			return os.Mkdir(to, 0o700)
+		}
+		return os.Link(filepath.Join(seeds[key], path), to)
+	})
 }
 
 func newProgram(o Options) (*Server, error) {
@@ -100,7 +152,7 @@ func newProgram(o Options) (*Server, error) {
 		o.MemoryMB = 512
 	}
 	if o.DiskMB == 0 {
-		o.DiskMB = 3072
+		o.DiskMB = 2560
 	}
 	// `go test` runs a cached test again when a file it looked at has changed.
 	if _, err := os.Stat(Binary()); err != nil {

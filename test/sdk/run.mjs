@@ -265,7 +265,7 @@ const scenarios = {
     await until('the sandbox ends', 6000, async () => !(await s.isRunning()))
     const late = Date.now() - end
     assert.ok(late > -200 && late < 1500, `it ended ${late} ms after its time`)
-    assert.equal(await Sandbox.kill(s.sandboxId), false)
+    await until('there is nothing left to kill', 5000, async () => !(await Sandbox.kill(s.sandboxId)))
   },
   'wrong key': async () => {
     await fails(Sandbox.create({ apiKey: 'e2b_' + '0'.repeat(40) }), 'AuthenticationError')
