@@ -158,7 +158,7 @@ type Doctor struct {
 	// The parts of the product.
 	Engine    func(context.Context) (runtime.Info, error)
 	Store     func(context.Context) error
-	Blobs     blob.Store
+	Blobs     func(context.Context) (blob.Store, error)
 	Owned     func(context.Context) (Owned, error)
 	Templates func(ctx context.Context, digests bool) ([]Template, error)
 	// Trial is nil when no server runs.
@@ -326,6 +326,17 @@ func (d *Doctor) capable(number int) bool {
 	v, _ := field(status, "CapEff")
 	set, err := strconv.ParseUint(v, 16, 64)
 	return err == nil && set&(1<<number) != 0
+}
+
+// needRoot makes a check skip itself where root alone may look: what cannot be
+// read must not pass for what is not there.
+func needRoot(run func(context.Context, *Doctor) Finding) func(context.Context, *Doctor) Finding {
+	return func(ctx context.Context, d *Doctor) Finding {
+		if !d.capable(capSysAdmin) {
+			return skip("needs root")
+		}
+		return run(ctx, d)
+	}
 }
 
 // existing returns the data directory, or the nearest directory above it that

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/cayhq/cay/blob"
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/runtime"
 )
@@ -47,6 +48,10 @@ func TestMachines(t *testing.T) {
 			id: "host.privilege", verdict: Fail, evidence: "running as user 1000", repair: "sudo cay doctor"},
 		{name: "ordinary user: what needs root is skipped", tree: good().with(tree{"proc/self/status": plainUser}),
 			id: "network.slot", verdict: Skip, evidence: "needs root"},
+		{name: "ordinary user: a database that it may not read is not a broken one", tree: good().with(tree{"proc/self/status": plainUser}), set: func(d *Doctor) { d.Store = func(context.Context) error { return errPlain } },
+			id: "storage.database", verdict: Skip, evidence: "needs root"},
+		{name: "ordinary user: records that it may not read own nothing", tree: good().with(tree{"proc/self/status": plainUser, "sys/fs/cgroup/cay-0a0b0c0d/x1": "dir"}),
+			id: "leftovers.cgroups", verdict: Skip, evidence: "needs root"},
 		{name: "root in a container", tree: good().with(tree{"proc/self/status": "Uid:\t0\t0\t0\t0\nCapEff:\t00000000a80425fb"}),
 			id: "host.privilege", verdict: Fail, evidence: "root without CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN", repair: "--privileged"},
 		{name: "old kernel", tree: good().with(tree{"proc/sys/kernel/osrelease": "4.19.0-26-amd64"}),
@@ -161,6 +166,9 @@ func TestMachines(t *testing.T) {
 		}, id: "storage.datadir", verdict: Fail, evidence: "not a directory"},
 		{name: "open credentials", tree: good(), set: func(d *Doctor) { os.WriteFile(filepath.Join(d.DataDir, "credentials.json"), nil, 0o644) }, id: "storage.secrets", verdict: Fail, evidence: "mode 0644", repair: "chmod 600"},
 		{name: "database of a newer version", tree: good(), set: func(d *Doctor) { d.Store = func(context.Context) error { return errTyped } }, id: "storage.database", verdict: Fail, evidence: "gone", repair: "build it again"},
+		{name: "artefacts cannot be opened", tree: good(), set: func(d *Doctor) {
+			d.Blobs = func(context.Context) (blob.Store, error) { return nil, errTyped }
+		}, id: "storage.artefacts", verdict: Fail, evidence: "gone"},
 		{name: "no loop devices", tree: good(), set: func(d *Doctor) {
 			d.TryDisks = func(context.Context, string) (disk.Capabilities, error) {
 				return disk.Capabilities{Features: []disk.Feature{{Name: "loop devices", Needed: true, Fix: "run `modprobe loop`"}, {Name: "reflink", Fix: "never shown"}}}, errPlain

@@ -41,7 +41,7 @@ func bySlot(index int) func(Owned) bool {
 // leftover makes a check out of a look at the host. Records are read before
 // and after: a sandbox that ends or begins meanwhile is no leftover.
 func leftover(what string, look func(context.Context, *Doctor) ([]object, error)) func(context.Context, *Doctor) Finding {
-	return func(ctx context.Context, d *Doctor) Finding {
+	return needRoot(func(ctx context.Context, d *Doctor) Finding {
 		if d.Owned == nil {
 			return skip("the data directory was never used")
 		}
@@ -79,7 +79,7 @@ func leftover(what string, look func(context.Context, *Doctor) ([]object, error)
 			repair = "the server removes them within 10 s of an end; if they stay, restart it (sandboxes stay), and report this with `cay doctor --json`"
 		}
 		return warn(fmt.Sprintf("%d %s that no sandbox owns: %s", len(stray), what, list), repair)
-	}
+	})
 }
 
 // strayProcesses are the engine's: each has its instance's directory in its

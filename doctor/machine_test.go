@@ -13,6 +13,7 @@ import (
 	"testing/fstest"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/blob"
 	"github.com/cayhq/cay/blob/blobtest"
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/runtime"
@@ -145,7 +146,7 @@ func goodDoctor(t *testing.T, files tree) *Doctor {
 			return runtime.Info{Name: "gvisor", Version: "v1", Platform: "systrap"}, nil
 		},
 		Store: func(context.Context) error { return nil },
-		Blobs: &blobtest.Memory{},
+		Blobs: func(context.Context) (blob.Store, error) { return &blobtest.Memory{}, nil },
 		Owned: func(context.Context) (Owned, error) { return Owned{}, nil },
 		Templates: func(context.Context, bool) ([]Template, error) {
 			return []Template{{Name: "base", Build: "b1", Bytes: 600 * mib}}, nil

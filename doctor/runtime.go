@@ -7,8 +7,8 @@ import (
 )
 
 var runtimeChecks = []check{
-	{id: "runtime.server", title: "server", run: checkServer},
-	{id: "runtime.engine", title: "engine", run: checkEngine, alone: true, limit: 30 * time.Second},
+	{id: "runtime.server", title: "server", run: needRoot(checkServer)},
+	{id: "runtime.engine", title: "engine", run: needRoot(checkEngine), alone: true, limit: 30 * time.Second},
 }
 
 func checkServer(ctx context.Context, d *Doctor) Finding {
@@ -29,9 +29,6 @@ func checkServer(ctx context.Context, d *Doctor) Finding {
 func checkEngine(ctx context.Context, d *Doctor) Finding {
 	if d.Engine == nil {
 		return skip("not tried")
-	}
-	if !d.capable(capSysAdmin) {
-		return skip("needs root")
 	}
 	info, err := d.Engine(ctx)
 	if err != nil {

@@ -22,9 +22,9 @@ var storageChecks = []check{
 	{id: "storage.inodes", title: "inodes", run: checkInodes},
 	{id: "storage.write", title: "writing", run: checkWrite},
 	{id: "storage.secrets", title: "credentials", run: checkSecrets},
-	{id: "storage.database", title: "database", run: checkDatabase},
-	{id: "storage.artefacts", title: "artefact store", run: checkArtefacts},
-	{id: "storage.disks", title: "disks of sandboxes", run: checkDisks, alone: true, limit: 30 * time.Second},
+	{id: "storage.database", title: "database", run: needRoot(checkDatabase)},
+	{id: "storage.artefacts", title: "artefact store", run: needRoot(checkArtefacts)},
+	{id: "storage.disks", title: "disks of sandboxes", run: needRoot(checkDisks), alone: true, limit: 30 * time.Second},
 }
 
 // Space is the room of a file system.
@@ -208,7 +208,11 @@ func checkArtefacts(ctx context.Context, d *Doctor) Finding {
 	if d.Blobs == nil {
 		return skip("none yet; the first `cay up` makes it")
 	}
-	objects, err := d.Blobs.List(ctx, "")
+	blobs, err := d.Blobs(ctx)
+	if err != nil {
+		return failed(err, "look at the file system of "+d.DataDir)
+	}
+	objects, err := blobs.List(ctx, "")
 	if err != nil {
 		return failed(err, "look at the file system of "+d.DataDir)
 	}
@@ -222,9 +226,6 @@ func checkArtefacts(ctx context.Context, d *Doctor) Finding {
 func checkDisks(ctx context.Context, d *Doctor) Finding {
 	if d.TryDisks == nil {
 		return skip("not tried")
-	}
-	if !d.capable(capSysAdmin) {
-		return skip("needs root")
 	}
 	c, err := d.TryDisks(ctx, d.existing())
 	if err != nil {

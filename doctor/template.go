@@ -9,7 +9,7 @@ import (
 
 var templateChecks = []check{
 	{id: "template.tools", title: "building templates", run: checkBuildTools},
-	{id: "template.builds", title: "templates", run: checkTemplates, alone: true, limit: 5 * time.Minute},
+	{id: "template.builds", title: "templates", run: needRoot(checkTemplates), alone: true, limit: 5 * time.Minute},
 }
 
 func checkBuildTools(_ context.Context, d *Doctor) Finding {

@@ -14,13 +14,16 @@ import (
 // may run beside an orchestrator, and needs none. A record that cannot be read
 // is in the error; the rest is returned with it.
 func Owned(dir string) (executions []string, slots []int, err error) {
-	paths, err := filepath.Glob(filepath.Join(dir, "*.json"))
-	if err != nil {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // absent: nothing was ever started
 		return nil, nil, fmt.Errorf("reading the node's records: %w", err)
 	}
 	var errs []error
-	for _, path := range paths {
-		b, err := os.ReadFile(path)
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".json" {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // the sandbox has just ended
 		}
@@ -32,7 +35,7 @@ func Owned(dir string) (executions []string, slots []int, err error) {
 			err = fmt.Errorf("it has format %d, not %d", r.Format, recordFormat)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("reading the record %s: %w", filepath.Base(path), err))
+			errs = append(errs, fmt.Errorf("reading the record %s: %w", e.Name(), err))
 			continue
 		}
 		executions = append(executions, string(r.Execution))

@@ -38,6 +38,9 @@ func TestOwned(t *testing.T) {
 	if _, err := os.Stat(tmp); err != nil {
 		t.Error(err)
 	}
+	if _, _, err := Owned(filepath.Join(rs.dir, "xa.json")); err == nil {
+		t.Error("records that cannot be read pass for none")
+	}
 	if e, s, err := Owned(filepath.Join(rs.dir, "absent")); e != nil || s != nil || err != nil {
 		t.Errorf("no records: %v, %v, %v", e, s, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -102,22 +103,23 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 		executions, slots, err := orchestrator.Owned(dir.path("run", "orchestrator"))
 		return doctor.Owned{Executions: executions, Slots: slots}, err
 	}
-	blobs, err := file.Open(ctx, dir.path("blobs"))
-	if err != nil {
-		return nil, nil, err
-	}
-	d.Blobs = blobs
+	open := sync.OnceValues(func() (*file.Store, error) { return file.Open(ctx, dir.path("blobs")) })
+	d.Blobs = func(context.Context) (blob.Store, error) { return open() }
 	if _, err := os.Stat(dir.path("cay.db")); err == nil {
-		withRecord(d, dir, blobs)
+		withRecord(d, dir)
 	}
-	return d, func() { _ = blobs.Close() }, nil // it was read only
+	return d, func() {
+		if blobs, err := open(); err == nil {
+			_ = blobs.Close() // it was read only
+		}
+	}, nil
 }
 
 // mostTemplates bounds the check of templates.
 const mostTemplates = 1000
 
 // withRecord adds the checks that need the database.
-func withRecord(d *doctor.Doctor, dir dataDir, blobs blob.Store) {
+func withRecord(d *doctor.Doctor, dir dataDir) {
 	d.Store = func(ctx context.Context) error {
 		st, err := openStore(ctx, dir)
 		if err != nil {
@@ -126,6 +128,10 @@ func withRecord(d *doctor.Doctor, dir dataDir, blobs blob.Store) {
 		return st.Close()
 	}
 	d.Templates = func(ctx context.Context, digests bool) ([]doctor.Template, error) {
+		blobs, err := d.Blobs(ctx)
+		if err != nil {
+			return nil, err
+		}
 		st, err := openStore(ctx, dir)
 		if err != nil {
 			return nil, err
