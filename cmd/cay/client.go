@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"syscall"
+	"strings"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/cli"
@@ -70,7 +70,14 @@ func errNotReadable(path string, err error) error {
 		Fix:     "run the command as the server's user, for example with sudo", Err: err}
 }
 
-// alive reports whether a process exists, whoever owns it.
+// alive reports whether a process runs, whoever owns it. One that has ended
+// and that its parent has not asked for (a zombie, state Z) does not.
 func alive(pid int) bool {
-	return pid > 0 && !errors.Is(syscall.Kill(pid, 0), syscall.ESRCH)
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	// "pid (name) state …"; the name may hold anything (proc_pid_stat(5)).
+	i := strings.LastIndex(string(b), ") ")
+	return i >= 0 && i+2 < len(b) && b[i+2] != 'Z' && b[i+2] != 'X'
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cayhq/cay"
 )
 
@@ -18,6 +20,35 @@ func ended(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return c.Process.Pid
+}
+
+func TestAlive(t *testing.T) {
+	c := exec.Command("cat")
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if !alive(c.Process.Pid) || !alive(os.Getpid()) || !alive(1) {
+		t.Error("a process that runs is not alive")
+	}
+	in.Close()
+	// It ends and stays, for nobody has asked for its status yet.
+	var si unix.Siginfo
+	if err := unix.Waitid(unix.P_PID, c.Process.Pid, &si, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if alive(c.Process.Pid) {
+		t.Error("a process that has ended is alive")
+	}
+	if err := c.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if alive(c.Process.Pid) || alive(0) || alive(-1) {
+		t.Error("no process is alive")
+	}
 }
 
 func TestLocate(t *testing.T) {
