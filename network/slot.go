@@ -133,7 +133,7 @@ func (p *Pool) build(index int) error {
 		if err != nil {
 			return err
 		}
-		defer rules.CloseLasting()
+		defer func() { _ = rules.CloseLasting() }() // what was sent is acknowledged already
 
 		inner, err := newNamespace(p.innerNS(index))
 		if err != nil {
@@ -280,7 +280,9 @@ func (b builder) prove() error {
 		return err
 	}
 	defer guest.Close()
-	guest.SetDeadline(deadline)
+	if err := guest.SetDeadline(deadline); err != nil {
+		return err
+	}
 	port := uint16(guest.LocalAddr().(*net.UDPAddr).Port)
 	ask := []byte("cay slot " + strconv.Itoa(b.index))
 
@@ -300,7 +302,9 @@ func (b builder) prove() error {
 				if _, err := c.Write(ask); err != nil {
 					return err
 				}
-				c.SetReadDeadline(time.Now().Add(pause))
+				if err := c.SetReadDeadline(time.Now().Add(pause)); err != nil {
+					return err
+				}
 				n, err := c.Read(got)
 				switch {
 				case err == nil && bytes.Equal(got[:n], ask):
