@@ -1,6 +1,9 @@
 package cay
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // SnapshotID names a snapshot of a sandbox: "s" and 20 characters of [a-z0-9].
 type SnapshotID string
@@ -63,4 +66,41 @@ type SnapshotPart struct {
 	// and times. It stands in for the digest of a disk, which takes longer to
 	// read than a resume may take.
 	Stamp string `json:"stamp,omitempty"`
+}
+
+// SaveRequest says how to save a sandbox.
+type SaveRequest struct {
+	// Snapshot is the ID of the snapshot to make.
+	Snapshot SnapshotID
+	// Memory is false to save the disk alone.
+	Memory bool
+	// Pause ends the sandbox's run once the snapshot is whole.
+	Pause bool
+}
+
+// Snapshots is what the control plane needs of a machine that keeps sandboxes
+// as snapshots, beside [Node]. A sandbox is started from one by
+// [SandboxConfig.From].
+//
+// Every method is safe for concurrent use. Errors are [*Error].
+type Snapshots interface {
+	// Save makes a snapshot of a running sandbox. After a nil error the
+	// snapshot is whole and survives a power cut; with Pause the sandbox does
+	// not run any more, and Watch reports its end as EndPaused. After an error
+	// the sandbox runs on as before and there is no snapshot; CodeShuttingDown
+	// alone leaves open which of the two it is, and the next run of the node
+	// settles it. Unknown sandboxes are CodeSandboxNotFound, one with another
+	// operation under way is CodeSandboxTransition.
+	Save(ctx context.Context, id SandboxID, q SaveRequest) (Snapshot, error)
+
+	// Snapshots returns every whole snapshot, in no order.
+	Snapshots(ctx context.Context) ([]Snapshot, error)
+
+	// DeleteSnapshot removes a snapshot; an unknown one is no error. Sandboxes
+	// made from it are whole without it.
+	DeleteSnapshot(ctx context.Context, id SnapshotID) error
+
+	// VerifySnapshot reads a snapshot and returns CodeSnapshotCorrupt with the
+	// damaged part, if there is one.
+	VerifySnapshot(ctx context.Context, id SnapshotID) error
 }

@@ -12,26 +12,13 @@ import (
 	"github.com/cayhq/cay/runtime"
 )
 
-// SaveRequest says how to save a sandbox.
-type SaveRequest struct {
-	// Snapshot is the ID of the snapshot to make.
-	Snapshot cay.SnapshotID
-	// Memory is false to save the disk alone.
-	Memory bool
-	// Pause ends the sandbox's run once the snapshot is whole.
-	Pause bool
-}
+var _ cay.Snapshots = (*Orchestrator)(nil)
 
-// Save makes a snapshot of a running sandbox. When it returns nil the snapshot
-// is whole, on disk, and survives a power cut; with Pause, the sandbox does not
-// run any more and the proxy answers for it as for a paused one. After an error
-// the sandbox runs on as before and there is no snapshot.
+// Save implements [cay.Snapshots].
 //
 // The guest stands still from the moment its memory is written until its disk
-// is cloned; both belong to that same instant. Unknown sandboxes are
-// CodeSandboxNotFound, those with another operation under way
-// CodeSandboxTransition.
-func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q SaveRequest) (cay.Snapshot, error) {
+// is cloned; both belong to that same instant.
+func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveRequest) (cay.Snapshot, error) {
 	if err := o.snapshots.free(q.Snapshot); err != nil {
 		return cay.Snapshot{}, err
 	}
@@ -88,7 +75,7 @@ const thawPatience = 3 * time.Second
 
 // save does the work. It returns for how long the guest stood still, unless it
 // still does.
-func (o *Orchestrator) save(ctx context.Context, g *guest, q SaveRequest) (m cay.Snapshot, frozen time.Duration, err error) {
+func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m cay.Snapshot, frozen time.Duration, err error) {
 	exec := string(g.rec.Execution)
 	memory, err := o.snapshots.begin(q.Snapshot)
 	if err != nil {
@@ -293,8 +280,8 @@ func (o *Orchestrator) checkSavedDisk(m cay.Snapshot) error {
 	return checkDisk(m, saved.File)
 }
 
-// Snapshots returns the snapshots on this node, in no order. Those that cannot
-// be read are logged and left out.
+// Snapshots implements [cay.Snapshots]. Those that cannot be read are logged and
+// left out.
 func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
 	out, errs := o.snapshots.list()
 	for _, err := range errs {
@@ -303,8 +290,7 @@ func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
 	return out, nil
 }
 
-// DeleteSnapshot removes a snapshot; an unknown one is no error. Sandboxes that
-// were made from it are whole without it.
+// DeleteSnapshot implements [cay.Snapshots].
 func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) error {
 	if err := o.snapshots.remove(id); err != nil {
 		return err
@@ -312,8 +298,8 @@ func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) er
 	return o.Disks.RemoveSaved(ctx, string(id))
 }
 
-// VerifySnapshot reads every byte of a snapshot's memory, and compares the disk
-// with its stamp.
+// VerifySnapshot implements [cay.Snapshots]: it reads every byte of the memory,
+// and compares the disk with its stamp.
 func (o *Orchestrator) VerifySnapshot(ctx context.Context, id cay.SnapshotID) error {
 	m, _, err := o.snapshots.load(id)
 	if err != nil {

@@ -55,7 +55,7 @@ func TestPauseAndResume(t *testing.T) {
 		defer o.Close()
 		first := mustCreate(t, o, "i1")
 		snap := cay.NewSnapshotID()
-		m, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true, Pause: true})
+		m, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: snap, Memory: true, Pause: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -105,7 +105,7 @@ func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
 		defer o.Close()
 		s := mustCreate(t, o, "i1")
 		snap := cay.NewSnapshotID()
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true}); err != nil {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: snap, Memory: true}); err != nil {
 			t.Fatal(err)
 		}
 		wantSnapshots(t, o, w, snap)
@@ -113,14 +113,14 @@ func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
 		if in == nil || in.state != runtime.Running {
 			t.Fatalf("the sandbox does not run on: %+v", in)
 		}
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true}); cay.CodeOf(err) != cay.CodeConflict {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: snap, Memory: true}); cay.CodeOf(err) != cay.CodeConflict {
 			t.Errorf("the same snapshot ID again: %v", err)
 		}
 		wantSnapshots(t, o, w, snap) // the refusal did not touch the first
-		if _, err := o.Save(t.Context(), "i9", orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID()}); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		if _, err := o.Save(t.Context(), "i9", cay.SaveRequest{Snapshot: cay.NewSnapshotID()}); cay.CodeOf(err) != cay.CodeSandboxNotFound {
 			t.Errorf("an unknown sandbox: %v", err)
 		}
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: "../x"}); cay.CodeOf(err) != cay.CodeInvalidRequest {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: "../x"}); cay.CodeOf(err) != cay.CodeInvalidRequest {
 			t.Errorf("a malformed ID: %v", err)
 		}
 		if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
@@ -142,7 +142,7 @@ func TestFailedSave(t *testing.T) {
 				s := mustCreate(t, o, "i1")
 				broken := errors.New(step + " is broken")
 				w.setFail(step, broken)
-				q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: step != "sync", Pause: pause}
+				q := cay.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: step != "sync", Pause: pause}
 				if _, err := o.Save(t.Context(), "i1", q); !errors.Is(err, broken) {
 					t.Fatalf("%s: %v", step, err)
 				}
@@ -183,7 +183,7 @@ func TestCrashWhileSaving(t *testing.T) {
 			w := newWorld()
 			o, dir := open(t, w, 0)
 			s := mustCreate(t, o, "i1")
-			q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true, Pause: tc.pause}
+			q := cay.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true, Pause: tc.pause}
 			rec := recordFile(dir, s.ExecutionID)
 			b, err := os.ReadFile(rec)
 			if err != nil {
@@ -227,7 +227,7 @@ func TestCrashAfterPause(t *testing.T) {
 			w := newWorld()
 			o, dir := open(t, w, 0)
 			s := mustCreate(t, o, "i1")
-			q := orchestrator.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true}
+			q := cay.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: true}
 			if _, err := o.Save(t.Context(), "i1", q); err != nil {
 				t.Fatal(err)
 			}
@@ -269,7 +269,7 @@ func TestDamagedSnapshot(t *testing.T) {
 		defer o.Close()
 		mustCreate(t, o, "i1")
 		snap := cay.NewSnapshotID()
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: snap, Memory: true, Pause: true}); err != nil {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: snap, Memory: true, Pause: true}); err != nil {
 			t.Fatal(err)
 		}
 		parts := map[string]string{
@@ -323,10 +323,10 @@ func TestColdStart(t *testing.T) {
 		defer o.Close()
 		mustCreate(t, o, "i1")
 		withMemory, diskOnly := cay.NewSnapshotID(), cay.NewSnapshotID()
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: withMemory, Memory: true}); err != nil {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: withMemory, Memory: true}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := o.Save(t.Context(), "i1", orchestrator.SaveRequest{Snapshot: diskOnly, Pause: true}); err != nil {
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: diskOnly, Pause: true}); err != nil {
 			t.Fatal(err)
 		}
 		wantSnapshots(t, o, w, withMemory, diskOnly)
