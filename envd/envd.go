@@ -68,8 +68,9 @@ type Config struct {
 	// Cgroup is the cgroup v2 directory that processes of users are started
 	// in; missing or empty: that of envd.
 	Cgroup string
-	// System lets envd change the guest's host name and clock. Tests leave it
-	// out.
+	// System says that the machine is a guest, which envd may change: its host
+	// name, its clock, and which of its loopback's ports others reach. On a
+	// machine of somebody's own, and in tests, it is left out.
 	System bool
 }
 
@@ -151,9 +152,11 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 			}
 		})
 	}
-	fw := forwarder{log: s.log, procs: s.procs, proc: "/proc"}
 	fctx, stop := context.WithCancel(ctx)
-	wg.Go(func() { fw.run(fctx) })
+	if s.cfg.System {
+		fw := forwarder{log: s.log, procs: s.procs, proc: "/proc"}
+		wg.Go(func() { fw.run(fctx) })
+	}
 
 	var err error
 	select {

@@ -68,7 +68,7 @@ func parse(args []string, out io.Writer) (options, error) {
 	fs.StringVar(&o.cgroup, "cgroup", "", "cgroup v2 `directory` that users' processes are put into")
 	fs.StringVar(&o.build, "build", "", "`ID` of the build that booted, for the node to compare")
 	fs.StringVar(&o.instance, "instance", "", "`ID` of this boot, for the node to compare")
-	fs.BoolVar(&o.system, "system", false, "let the node set this machine's host name and clock")
+	fs.BoolVar(&o.system, "system", false, "this machine is a sandbox: let the node set its host name and clock, and make ports of its loopback reachable")
 	fs.BoolVar(&o.verbose, "verbose", false, "log more")
 	fs.BoolVar(&o.version, "version", false, "print the version of the protocol and exit")
 	if err := fs.Parse(args); err != nil {

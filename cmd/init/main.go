@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"time"
@@ -47,6 +48,10 @@ func main() {
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "cay-init must be the first process of a sandbox (PID 1); see cay-init -help")
 		os.Exit(2)
+	}
+	// It is executed in the root directory.
+	if abs, err := filepath.Abs(*envd); err == nil {
+		*envd = abs
 	}
 	debug.SetGCPercent(20)
 	// A signal to PID 1 has no effect inside a sandbox, whatever it is: the
