@@ -200,7 +200,8 @@ type Sandbox struct {
 	// MaxDeadline is the latest deadline that the team's limits allow.
 	MaxDeadline time.Time
 
-	// EndedAt and EndReason are set when State is cay.StateEnded, and only then.
+	// EndedAt is set when State is cay.StateEnded, and only then. So is
+	// EndReason, which a sandbox in cay.StateKilling may have already.
 	EndedAt    time.Time
 	EndReason  cay.EndReason
 	EndMessage string

@@ -89,7 +89,8 @@ func noSandbox(id cay.SandboxID) error {
 // checkEnd refuses a record whose end and state contradict each other.
 func checkEnd(sb store.Sandbox) error {
 	ended := sb.State == cay.StateEnded
-	if ended == sb.EndedAt.IsZero() || ended == (sb.EndReason == "") {
+	reasonMayBe := sb.State == cay.StateKilling || ended != (sb.EndReason == "")
+	if ended == sb.EndedAt.IsZero() || !reasonMayBe {
 		return internal(fmt.Sprintf("sandbox %s would be recorded as %q with end %v and reason %q", sb.ID, sb.State, sb.EndedAt, sb.EndReason))
 	}
 	return nil

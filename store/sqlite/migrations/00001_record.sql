@@ -80,8 +80,9 @@ CREATE TABLE sandboxes (
     ended_at       INTEGER NOT NULL,
     end_reason     TEXT NOT NULL,
     end_message    TEXT NOT NULL,
-    -- An end has a time and a reason, a life has neither.
-    CHECK ((state = 'ended') = (ended_at <> 0) AND (state = 'ended') = (end_reason <> ''))
+    -- An end has a time and a reason, a life has neither; what is being killed
+    -- has a reason already.
+    CHECK ((state = 'ended') = (ended_at <> 0) AND (state = 'killing' OR (state = 'ended') = (end_reason <> '')))
 );
 CREATE INDEX sandboxes_live ON sandboxes (started_at, id) WHERE state <> 'ended';
 CREATE INDEX sandboxes_team ON sandboxes (team_id, state) WHERE state <> 'ended';
