@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -590,6 +591,38 @@ func TestEnd(t *testing.T) {
 	defer w.proxy.up.mu.Unlock()
 	if n := len(w.proxy.up.open); n != 0 {
 		t.Errorf("%d executions are still remembered", n)
+	}
+}
+
+// A connection to a sandbox that ends is reset: the guest may be gone before
+// it could answer a farewell.
+func TestEndLeavesNoSocket(t *testing.T) {
+	w := newWorld(t, nil)
+	r := w.sandbox(nil)
+	l, err := net.Listen("tcp", netip.AddrPortFrom(r.Addr, 49983).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	answered := make(chan int, 1)
+	go func() {
+		res, _ := w.do(w.request("GET", "/x", r, 49983, nil))
+		answered <- res.StatusCode
+	}()
+	guest, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guest.Close()
+	if _, err := http.ReadRequest(bufio.NewReader(guest)); err != nil {
+		t.Fatal(err)
+	}
+	w.end(r)
+	if status := <-answered; status != 502 {
+		t.Errorf("the client got %d, want 502", status)
+	}
+	if _, err := guest.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the guest read %v, want a reset connection", err)
 	}
 }
 

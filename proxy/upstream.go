@@ -252,12 +252,22 @@ func (u *upstreams) dial(ctx context.Context, _, addr string) (net.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	forget := u.onEnd(c, func() { _ = conn.Close() })
+	forget := u.onEnd(c, func() { hangUp(conn) })
 	if forget == nil {
 		_ = conn.Close()
 		return nil, errCut
 	}
 	return &tracked{Conn: conn, forget: forget}, nil
+}
+
+// hangUp ends a connection to a guest that is about to be killed. It says no
+// farewell: a guest that cannot answer one any more would leave the kernel
+// repeating it for a minute, and a socket for as long.
+func hangUp(conn net.Conn) {
+	if c, ok := conn.(*net.TCPConn); ok {
+		_ = c.SetLinger(0) // if that fails, Close is the ordinary one
+	}
+	_ = conn.Close()
 }
 
 func dialAgain(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
