@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -92,13 +93,49 @@ func (h *host) open(ctx context.Context) error {
 	// Nothing here waits for the others, and the engine's supervisor and the
 	// mounts take a moment each.
 	var eg errgroup.Group
-	eg.Go(func() error { return h.disks.Open(ctx) })
-	eg.Go(func() error { return h.nets.Open(ctx) })
-	eg.Go(func() error { return h.rt.Open(ctx) })
+	undo := make([]func(context.Context) error, 3)
+	for i, part := range []struct{ open, undo func(context.Context) error }{
+		{h.rt.Open, h.rt.Shutdown}, {h.nets.Open, h.nets.Destroy}, {h.disks.Open, h.disks.Release},
+	} {
+		eg.Go(func() error {
+			err := part.open(ctx)
+			if err == nil {
+				undo[i] = part.undo
+			}
+			return err
+		})
+	}
 	if err := eg.Wait(); err != nil {
+		if !h.hasGuests() {
+			h.giveUp(ctx, undo...)
+		}
 		return err
 	}
 	return h.orch.Open(ctx)
+}
+
+// hasGuests reports whether a record of a guest is there, or may be: then what
+// is on the machine may be in use.
+func (h *host) hasGuests() bool {
+	entries, err := os.ReadDir(h.orch.Dir)
+	return err == nil && len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist)
+}
+
+// giveUpWithin bounds the cleaning after a start that failed.
+const giveUpWithin = 20 * time.Second
+
+// giveUp takes away what a start that failed has put on the machine.
+func (h *host) giveUp(ctx context.Context, undo ...func(context.Context) error) {
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), giveUpWithin)
+	defer stop()
+	for _, f := range undo {
+		if f == nil {
+			continue
+		}
+		if err := f(ctx); err != nil {
+			h.log.Error("cleaning up after a start that failed", "error", err)
+		}
+	}
 }
 
 // close lets go of everything; guests stay.
@@ -150,6 +187,8 @@ type server struct {
 
 	run    *errgroup.Group
 	cancel context.CancelFunc
+
+	opened, ready bool // how far open got with the host
 }
 
 func newServer(cfg settings.Settings, errw io.Writer, rep *reporter) (*server, error) {
@@ -192,6 +231,7 @@ func (s *server) open(ctx context.Context) (err error) {
 	if err := s.host.open(ctx); err != nil {
 		return err
 	}
+	s.opened = true
 	if err := ensureTeam(ctx, s.store, s.creds); err != nil {
 		return err
 	}
@@ -208,7 +248,11 @@ func (s *server) open(ctx context.Context) (err error) {
 	if err := s.ensureTemplate(ctx); err != nil {
 		return err
 	}
-	return s.publishInfo()
+	if err := s.publishInfo(); err != nil {
+		return err
+	}
+	s.ready = true
+	return nil
 }
 
 // wait returns when ctx ends or a part of the server fails.
@@ -233,6 +277,9 @@ func (s *server) close() {
 		}
 	}
 	if s.host != nil {
+		if s.opened && !s.ready {
+			s.abandon()
+		}
 		if err := s.host.close(); err != nil {
 			s.log.Error("letting go of the host", "error", err)
 		}
@@ -252,6 +299,18 @@ func (s *server) close() {
 		_ = os.Remove(s.dir.pidFile())
 		s.unlock()
 	}
+}
+
+// abandon takes everything off the machine after a start that failed, unless
+// sandboxes of an earlier run are there.
+func (s *server) abandon() {
+	if boxes, err := s.host.orch.List(context.Background()); err != nil || len(boxes) > 0 {
+		return
+	}
+	s.host.giveUp(context.Background(), func(ctx context.Context) error {
+		_, err := s.host.shutdown(ctx)
+		return err
+	})
 }
 
 // listen opens a port, or says who has it.

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/cayhq/cay"
 )
@@ -215,7 +216,8 @@ func invalid(message, fix string) error {
 // needs; comments begin with #.
 func (s *Settings) readFile(path string, must bool) error {
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) && !must {
+	// What is wrong with the data directory itself is said by who uses it.
+	if (errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)) && !must {
 		return nil
 	}
 	if err != nil {

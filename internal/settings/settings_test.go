@@ -88,3 +88,15 @@ func FuzzFile(f *testing.F) {
 		}
 	})
 }
+
+// A data directory that is a file is an error of the data directory, for
+// whoever opens it, and not of a configuration file.
+func TestDataDirIsAFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := settings.Load(sources(t, "", nil, map[string]string{"data-dir": path})); err != nil {
+		t.Error(err)
+	}
+}
