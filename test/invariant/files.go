@@ -6,7 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"syscall"
 
 	_ "modernc.org/sqlite" // the driver
@@ -16,10 +16,16 @@ import (
 // does not enter what is mounted there, for that is a sandbox's or an image's
 // content; but for the pool, which is a file system of the server's own.
 func files(s Snapshot, scope Scope) error {
-	for _, dir := range append([]string{scope.DataDir, filepath.Join(scope.DataDir, "disk", "pool")}, scope.Dirs...) {
-		if scope.DataDir == "" && !strings.HasPrefix(dir, "/") {
-			continue
-		}
+	dirs := slices.Clone(scope.Dirs)
+	if scope.DataDir != "" {
+		dirs = append(dirs, scope.DataDir)
+	}
+	var outer, inner syscall.Stat_t
+	pool := filepath.Join(scope.DataDir, "disk", "pool")
+	if syscall.Lstat(scope.DataDir, &outer) == nil && syscall.Lstat(pool, &inner) == nil && outer.Dev != inner.Dev {
+		dirs = append(dirs, pool)
+	}
+	for _, dir := range dirs {
 		if err := walk(s, scope, dir); err != nil {
 			return err
 		}
@@ -59,7 +65,7 @@ func rows(s Snapshot, scope Scope) error {
 		return nil
 	}
 	entries, err := os.ReadDir(scope.DataDir)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
 	}
 	if err != nil {

@@ -115,8 +115,8 @@ func (p process) verb() string {
 	return ""
 }
 
-// descriptors reads what a long-lived process of the server holds open, other
-// than sockets, of which it may have as many as it has clients.
+// descriptors reads what a long-lived process of the server holds open. Sockets
+// are in sockets.
 func descriptors(s Snapshot, scope Scope, pid, verb string) {
 	dir := filepath.Join("/proc", pid, "fd")
 	fds, err := os.ReadDir(dir)
@@ -125,7 +125,8 @@ func descriptors(s Snapshot, scope Scope, pid, verb string) {
 	}
 	for _, fd := range fds {
 		to, err := os.Readlink(filepath.Join(dir, fd.Name()))
-		if err != nil || strings.HasPrefix(to, "socket:") {
+		// Connections to the database are a pool of a few, made as needed.
+		if err != nil || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, scope.DataDir+"/cay.db") {
 			continue
 		}
 		s.add(scope, Open, verb+": "+to, "descriptor "+fd.Name()+" of process "+pid+" ("+to+")")
