@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"regexp"
 	"sync"
@@ -522,7 +523,44 @@ func (p *Pool) forget(indexes []int) error {
 	if _, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
 		return fmt.Errorf("ending tracked connections: %w", err)
 	}
+	if err := hangUp(f); err != nil {
+		return fmt.Errorf("ending the host's own connections: %w", err)
+	}
 	return nil
+}
+
+// hangUpTries is how often the host's sockets are read when they change
+// meanwhile.
+const hangUpTries = 3
+
+// hangUp ends what the host has open to addresses where nobody is any more. Of
+// a socket that its owner has closed, the kernel would go on sending the rest,
+// unanswered, for a minute.
+func hangUp(f addrFilter) error {
+	for try := 1; ; try++ {
+		all, err := netlink.SocketDiagTCP(unix.AF_INET)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
+			return nil // a kernel that cannot: it takes the minute
+		}
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
+		}
+		for _, s := range all {
+			local, _ := netip.AddrFromSlice(s.ID.Source)
+			remote, _ := netip.AddrFromSlice(s.ID.Destination)
+			if !f[local.Unmap()] && !f[remote.Unmap()] {
+				continue
+			}
+			err := netlink.SocketDestroy(&net.TCPAddr{IP: s.ID.Source, Port: int(s.ID.SourcePort)},
+				&net.TCPAddr{IP: s.ID.Destination, Port: int(s.ID.DestinationPort)})
+			if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) {
+				return err
+			}
+		}
+		if err == nil || try == hangUpTries {
+			return nil
+		}
+	}
 }
 
 // addrFilter matches connections that one of the addresses is an end of.
