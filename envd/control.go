@@ -171,7 +171,11 @@ func (s *Server) apply(ctx context.Context, q initRequest) error {
 		st.timestamp, st.anchor = *q.Timestamp, time.Now()
 	}
 	s.state = st
+	err := s.keep()
 	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
 
 	if s.cfg.System {
 		s.setSystem(q)

@@ -68,6 +68,10 @@ type Config struct {
 	// Cgroup is the cgroup v2 directory that processes of users are started
 	// in; missing or empty: that of envd.
 	Cgroup string
+	// State is an empty file that outlives the daemon and is handed to the next
+	// one, which then goes on with the same configuration. It holds the access
+	// token: only the system may be able to open it. nil: nothing is kept.
+	State *os.File
 	// System says that the machine is a guest, which envd may change: its host
 	// name, its clock, and which of its loopback's ports others reach. On a
 	// machine of somebody's own, and in tests, it is left out.
@@ -137,6 +141,7 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		s.log.Warn("memory of envd stays readable for root's tools", "err", err)
 	}
+	s.recall()
 	if s.cfg.Cgroup != "" {
 		s.procs.openCgroup(s.cfg.Cgroup)
 	}

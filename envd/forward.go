@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -21,11 +22,16 @@ import (
 
 // Pauses between two looks at the listening sockets. Servers open their port
 // soon after they were started or said something, so the pause is short after
-// each start, output and end of a process, and grows while nothing happens.
+// each start, output and end of a process, and doubles while nothing happens:
+// who takes long to open his port waits for at most as long again.
 const (
 	minScan = 100 * time.Millisecond
-	maxScan = 5 * time.Second
+	maxScan = 20 * time.Second
 )
+
+// scanBuffer is the size of one read of a table. Each read costs the kernel a
+// walk to where the one before ended.
+const scanBuffer = 16 << 10
 
 // maxForwards bounds the ports that are made reachable.
 const maxForwards = 1024
@@ -113,12 +119,12 @@ func (f *forwarder) scan(ctx context.Context) {
 	want, others := map[uint16]netip.Addr{}, map[uint16]bool{}
 	read := false
 	for _, name := range []string{"tcp", "tcp6"} {
-		b, err := os.ReadFile(f.proc + "/net/" + name)
+		table, err := readTable(f.proc + "/net/" + name)
 		if err != nil {
 			continue // a guest without IPv6
 		}
 		read = true
-		for at := range listening(string(b)) {
+		for at := range listening(table) {
 			switch _, ours := f.open[at.Port()]; {
 			case !at.Addr().IsLoopback():
 				others[at.Port()] = others[at.Port()] || !ours || at.Addr().IsUnspecified()
@@ -227,6 +233,18 @@ func pipe(dst, src *net.TCPConn) {
 		return
 	}
 	dst.CloseWrite()
+}
+
+func readTable(path string) (string, error) {
+	t, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer t.Close()
+	var b bytes.Buffer
+	b.Grow(scanBuffer)
+	_, err = b.ReadFrom(t)
+	return b.String(), err
 }
 
 // stateListen is TCP_LISTEN of the kernel, as /proc/net/tcp writes it.

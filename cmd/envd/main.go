@@ -50,6 +50,7 @@ func main() {
 type options struct {
 	public, control string
 	tokenFD         int
+	stateFD         int
 	cgroup          string
 	build, instance string
 	system          bool
@@ -65,6 +66,7 @@ func parse(args []string, out io.Writer) (options, error) {
 	fs.StringVar(&o.public, "public", fmt.Sprintf("0.0.0.0:%d", envd.Port), "`address` that clients reach through the proxy")
 	fs.StringVar(&o.control, "control", fmt.Sprintf("0.0.0.0:%d", envd.ControlPort), "`address` that the node configures the sandbox by")
 	fs.IntVar(&o.tokenFD, "token-fd", -1, "`descriptor` to read the control token from; without one, nobody can use the control address")
+	fs.IntVar(&o.stateFD, "state-fd", -1, "`descriptor` of a file that outlives this process and keeps its configuration for the next")
 	fs.StringVar(&o.cgroup, "cgroup", "", "cgroup v2 `directory` that users' processes are put into")
 	fs.StringVar(&o.build, "build", "", "`ID` of the build that booted, for the node to compare")
 	fs.StringVar(&o.instance, "instance", "", "`ID` of this boot, for the node to compare")
@@ -131,6 +133,14 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
+	var state *os.File
+	if o.stateFD >= 0 {
+		if state = os.NewFile(uintptr(o.stateFD), "state"); state == nil {
+			return fmt.Errorf("descriptor %d is not valid", o.stateFD)
+		}
+		defer state.Close()
+		syscall.CloseOnExec(o.stateFD) // no child may have it
+	}
 	var lc net.ListenConfig
 	public, err := lc.Listen(ctx, "tcp", o.public)
 	if err != nil {
@@ -146,6 +156,6 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
-	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, System: o.system})
+	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, State: state, System: o.system})
 	return s.Run(ctx, public, control)
 }

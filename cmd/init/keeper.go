@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -34,6 +35,7 @@ type keeper struct {
 	args  []string
 	env   []string
 	token string
+	state *os.File // keeps envd's configuration; nil: nothing does
 	now   func() time.Time
 	sleep func(time.Duration)
 
@@ -80,10 +82,15 @@ func (k *keeper) start() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("passing the token: %w", err)
 	}
-	args := k.args
+	args := slices.Clone(k.args)
 	files := []uintptr{null.Fd(), 1, 2}
 	if k.token != "" {
+		args = append(args, fmt.Sprintf("-token-fd=%d", len(files)))
 		files = append(files, rd.Fd())
+	}
+	if k.state != nil {
+		args = append(args, fmt.Sprintf("-state-fd=%d", len(files)))
+		files = append(files, k.state.Fd())
 	}
 	// Not os.StartProcess: it waits for children of its own, which reaping
 	// would take away.

@@ -70,9 +70,6 @@ func main() {
 		say("%v", err)
 	}
 	args := []string{*envd, "-system", "-build=" + os.Getenv(envBuild), "-instance=" + os.Getenv(envInstance)}
-	if token != "" {
-		args = append(args, "-token-fd=3")
-	}
 	if *root != "" {
 		pids, err := strconv.Atoi(os.Getenv(envPIDs))
 		if err != nil || pids < 0 {
@@ -90,6 +87,11 @@ func main() {
 		path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
 	k := keeper{path: *envd, args: args, env: []string{"PATH=" + path}, token: token, now: time.Now, sleep: time.Sleep}
+	if fd, err := unix.MemfdCreate("envd", unix.MFD_CLOEXEC); err != nil {
+		say("an envd that is started again will have lost its configuration: %v", err)
+	} else {
+		k.state = os.NewFile(uintptr(fd), "envd")
+	}
 	for {
 		k.once()
 	}

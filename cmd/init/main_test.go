@@ -114,22 +114,22 @@ func TestKeepsEnvdRunning(t *testing.T) {
 	c, pid := boot(t, `
 n=$(cat count 2>/dev/null || echo 0); echo $((n+1)) > count
 case $n in
-0) echo "args $*"; echo "token $(cat <&3)"; env | sort | sed 's/^/env /'
+0) echo "args $*"; echo "token $(cat <&3)"; echo remembered >&4; env | sort | sed 's/^/env /'
    setsid sleep 1000 > /dev/null 2>&1 < /dev/null & echo "user $!"; exit 3;;
 1) kill -9 $$;;
 2) kill -SEGV $$;;
-*) echo "life $n"; ps -eo pid=,ppid=,stat=,comm= | sed 's/^/ps /'; echo listed; exec sleep 1000;;
+*) echo "life $n"; echo "state $(cat /proc/self/fd/4)"; ps -eo pid=,ppid=,stat=,comm= | sed 's/^/ps /'; echo listed; exec sleep 1000;;
 esac
 `)
 	c.until(t, "listed")
 	text := c.String()
 	for _, want := range []string{
-		"args -system -build=b1 -instance=i1 -token-fd=3\n",
+		"args -system -build=b1 -instance=i1 -token-fd=3 -state-fd=4\n",
 		"token very-secret\n",
 		"cay-init: envd ended: exit status 3 after ", "; starting it again in 50ms (end 1); processes of users go on\n",
 		"cay-init: envd ended: signal: killed (by the kernel for lack of memory, or by root) after ", "in 100ms (end 2)",
 		"cay-init: envd ended: signal: segmentation fault", "in 200ms (end 3)",
-		"life 3\n",
+		"life 3\n", "state remembered\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the console does not say %q", want)
