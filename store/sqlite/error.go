@@ -2,11 +2,9 @@ package sqlite
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"io/fs"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 	driver "modernc.org/sqlite"
@@ -31,7 +29,7 @@ func (s *Store) fail(what string, err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return say(cay.CodeStoreUnavailable, "the request ended while it waited for the database", "try again")
 	}
-	if errors.Is(err, errNotOpen) || errors.Is(err, sql.ErrConnDone) || strings.HasSuffix(err.Error(), "database is closed") {
+	if errors.Is(err, errNotOpen) {
 		return say(cay.CodeStoreUnavailable, "the database is not open", "try again when the server is up")
 	}
 	var de *driver.Error
@@ -90,6 +88,17 @@ func (s *Store) full(what string, err error) error {
 	return &cay.Error{Code: cay.CodeDiskFull, Layer: cay.LayerStorage,
 		Message: "could not " + what + ": no room is left on the disk of " + s.path,
 		Fix:     "free space on the file system of the data directory; nothing was changed",
+		Detail:  map[string]string{"path": s.path}, Err: err}
+}
+
+func (s *Store) flushFailed(what string, err error) error {
+	code := cay.CodeStoreUnavailable
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		code = cay.CodeDiskFull
+	}
+	return &cay.Error{Code: code, Layer: cay.LayerStorage,
+		Message: "could not " + what + " for good: the disk of " + s.path + " refused to flush it, so the next loss of power may undo it",
+		Fix:     "look in the kernel's log (dmesg) for the disk's faults, then do the same again",
 		Detail:  map[string]string{"path": s.path}, Err: err}
 }
 

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -177,6 +178,17 @@ func TestNewerSchema(t *testing.T) {
 	db := raw(t, path)
 	exec(t, db, newer)
 	refused(t, path, cay.CodeDataDirInvalid, "newer Cay", "4711", path) // the row is in the WAL
+	crashed := file(t)                                                  // as a killed process leaves it: nobody else is there
+	for _, suffix := range []string{"", "-wal"} {
+		b, err := os.ReadFile(path + suffix)
+		if err != nil || len(b) == 0 {
+			t.Fatalf("%d bytes in %q, %v", len(b), suffix, err)
+		}
+		if err := os.WriteFile(crashed+suffix, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused(t, crashed, cay.CodeDataDirInvalid, "newer Cay", "4711", crashed)
 	if err := db.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -450,4 +462,49 @@ func TestReadOnly(t *testing.T) {
 			t.Errorf("Open of %s on a read-only file system: %v", p, err)
 		}
 	}
+}
+
+// FuzzMetadata: any text comes back as it was and matches itself, and nothing
+// that differs from it.
+func FuzzMetadata(f *testing.F) {
+	for _, w := range []string{"", "a", "\x00", `\u0061`, "\u2028", "\xff", "🏝", `"`, "a.b[0]"} {
+		f.Add(w, "v", "a", w)
+	}
+	s := open(f, file(f))
+	ready(f, s)
+	n := 0
+	f.Fuzz(func(t *testing.T, k1, v1, k2, v2 string) {
+		for _, w := range []string{k1, v1, k2, v2} {
+			if !utf8.ValidString(w) {
+				t.Skip("the API takes JSON, which is UTF-8")
+			}
+		}
+		n++
+		sb := newSandbox(n)
+		sb.Metadata = map[string]string{k1: v1}
+		if err := s.AddSandbox(t.Context(), sb, 2); err != nil {
+			t.Fatal(err)
+		}
+		for _, ask := range []map[string]string{{k1: v1}, {k2: v2}, {k1: v2}, {k2: v1}, {k1: v1, k2: v2}} {
+			want := 1
+			for k, v := range ask {
+				if got, ok := sb.Metadata[k]; !ok || got != v {
+					want = 0
+				}
+			}
+			l, err := s.ListSandboxes(t.Context(), store.SandboxFilter{Team: "t", Metadata: ask})
+			if err != nil || len(l) != want {
+				t.Errorf("metadata %q asked for %q: %d matches, want %d (%v)", sb.Metadata, ask, len(l), want, err)
+			}
+			if len(l) == 1 && !cmp.Equal(l[0].Metadata, sb.Metadata) {
+				t.Errorf("metadata %q came back as %q", sb.Metadata, l[0].Metadata)
+			}
+		}
+		if _, err := s.UpdateSandbox(t.Context(), sb.ID, func(sb *store.Sandbox) error {
+			sb.State, sb.EndedAt, sb.EndReason = cay.StateEnded, time.Now(), cay.EndRequest
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -331,6 +331,10 @@ func endedFinal(f fixture) {
 	ctx := f.Context()
 	f.base(1)
 	f.add(newSandbox(1, 0))
+	// The reason may be known when the end begins, and is no end yet.
+	killing := f.set(sandboxID(1), func(sb *store.Sandbox) { sb.State, sb.EndReason = cay.StateKilling, cay.EndTimeout })
+	same(f, "reason of a kill that has begun", cay.EndTimeout, killing.EndReason)
+	same(f, "live sandboxes", []store.Sandbox{killing}, f.list(store.SandboxFilter{}))
 	want := f.set(sandboxID(1), end(noon))
 	same(f, "time of the end", kept, want.EndedAt)
 	for name, change := range map[string]func(*store.Sandbox){

@@ -127,4 +127,11 @@ func keyUse(f fixture) {
 	f.must(f.TouchKey(ctx, keyID(1), noon.Add(-time.Hour)))
 	used(minute.Add(time.Minute))
 	f.must(f.TouchKey(ctx, keyID(9), noon))
+
+	moved := newKey(2, 0)
+	moved.LastUsed = noon
+	f.must(f.AddKey(ctx, moved))
+	k, _, err := f.FindKey(ctx, hash(2))
+	f.must(err)
+	same(f, "last use of a key that was added with one", minute.UTC(), k.LastUsed)
 }

@@ -147,6 +147,9 @@ func resolveNamesakes(f fixture) {
 	f.publish(2, false, manifest(3, 3, "base"))
 	// A name that is another public template's ID.
 	f.publish(1, true, manifest(4, 4, string(templateID(11))))
+	// One that was there before the template with the ID.
+	f.publish(2, true, manifest(5, 5, string(templateID(6))))
+	f.publish(0, true, manifest(6, 6, "late"))
 	for _, c := range []struct {
 		team int
 		ref  store.TemplateRef
@@ -161,6 +164,7 @@ func resolveNamesakes(f fixture) {
 		{3, store.TemplateRef{Name: string(templateID(11))}, templateID(11)},
 		{0, store.TemplateRef{Name: string(templateID(11))}, templateID(11)},
 		{1, store.TemplateRef{Name: string(templateID(11))}, templateID(4)}, // its own
+		{3, store.TemplateRef{Name: string(templateID(6))}, templateID(6)},  // the ID, though the name is older
 	} {
 		if got := f.find(c.team, c.ref); got.ID != c.want {
 			f.Fatalf("FindTemplate(%+v) by team %d = %v; want %v", c.ref, c.team, got.ID, c.want)
