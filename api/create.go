@@ -100,7 +100,7 @@ func (s sandboxHandlers) create(ctx context.Context, n gen.NewSandbox, secure bo
 		cfg.EnvVars = *n.EnvVars
 	}
 	if secure {
-		cfg.AccessToken = accessToken(s.Seed, id)
+		cfg.AccessToken = AccessToken(s.Seed, id)
 	}
 	if !net.public {
 		cfg.TrafficToken = trafficToken(s.Seed, id)

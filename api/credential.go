@@ -48,9 +48,9 @@ func MaskKey(key string) (prefix, suffix string, length int) {
 	return digits[:2], digits[len(digits)-4:], len(digits)
 }
 
-// accessToken returns the token that guards envd of a sandbox. It depends on
+// AccessToken returns the token that guards envd of a sandbox. It depends on
 // seed and ID only, so it outlives restarts (e2b.md 1.4).
-func accessToken(seed cay.Secret, id cay.SandboxID) cay.Secret {
+func AccessToken(seed cay.Secret, id cay.SandboxID) cay.Secret {
 	return derive(seed, string(id))
 }
 

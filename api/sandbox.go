@@ -188,7 +188,7 @@ func (s *Server) sandbox(rec store.Sandbox) gen.Sandbox {
 	out := gen.Sandbox{TemplateID: string(rec.Template), SandboxID: string(rec.ID), ClientID: clientID,
 		EnvdVersion: rec.EnvdVersion, Alias: optional(rec.Alias), Domain: optional(s.Domain)}
 	if rec.Secure {
-		out.EnvdAccessToken = optional(accessToken(s.Seed, rec.ID).Reveal())
+		out.EnvdAccessToken = optional(AccessToken(s.Seed, rec.ID).Reveal())
 	}
 	if n := s.options(rec).Network; n != nil && n.AllowPublicTraffic != nil && !*n.AllowPublicTraffic {
 		out.TrafficAccessToken = optional(trafficToken(s.Seed, rec.ID).Reveal())
@@ -206,7 +206,7 @@ func (s *Server) detail(rec store.Sandbox) gen.SandboxDetail {
 		Metadata: labels(rec.Metadata), State: gen.Running, Network: o.Network,
 		Lifecycle: &gen.SandboxLifecycle{AutoResume: o.AutoResume, OnTimeout: gen.Kill}}
 	if rec.Secure {
-		out.EnvdAccessToken = optional(accessToken(s.Seed, rec.ID).Reveal())
+		out.EnvdAccessToken = optional(AccessToken(s.Seed, rec.ID).Reveal())
 	}
 	return out
 }

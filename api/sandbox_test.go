@@ -23,11 +23,11 @@ func TestCreateGetListKill(t *testing.T) {
 	a.decode(t, &s)
 	id := cay.SandboxID(s.SandboxID)
 	want := gen.Sandbox{TemplateID: string(f.base), SandboxID: s.SandboxID, ClientID: "6532622b", EnvdVersion: "0.6.13",
-		Alias: optional("base"), Domain: optional("sbx.example"), EnvdAccessToken: optional(accessToken(testSeed, id).Reveal())}
+		Alias: optional("base"), Domain: optional("sbx.example"), EnvdAccessToken: optional(AccessToken(testSeed, id).Reveal())}
 	if d := cmp.Diff(want, s); d != "" {
 		t.Error(d)
 	}
-	if got := accessToken(testSeed, id).Reveal(); len(got) != 64 || strings.Trim(got, "0123456789abcdef") != "" {
+	if got := AccessToken(testSeed, id).Reveal(); len(got) != 64 || strings.Trim(got, "0123456789abcdef") != "" {
 		t.Errorf("access token %q, want 64 hex digits", got)
 	}
 	c := f.node.configs[id]

@@ -225,6 +225,7 @@ func (s *server) open(ctx context.Context) (err error) {
 	s.proxy = &proxy.Server{Domain: s.cfg.Domain, Log: s.log.With("part", "proxy")}
 	s.host = newHost(s.dir, s.cfg, s.log, s.proxy)
 	s.proxy.Catalog = s.host.orch.Catalog
+	s.proxy.ResolveSignature = signatures{seed: cay.Secret(s.creds.Seed), list: s.host.orch.List}.resolve
 	if s.store, err = openStore(ctx, s.dir); err != nil {
 		return err
 	}
