@@ -177,9 +177,11 @@ func (l *life) plan(id cay.SandboxID, at time.Time) {
 	l.wake()
 }
 
+// unplan forgets a sandbox that has ended.
 func (l *life) unplan(id cay.SandboxID) {
 	l.mu.Lock()
 	l.due.remove(id)
+	delete(l.tries, id)
 	l.mu.Unlock()
 }
 
