@@ -264,10 +264,13 @@ func TestReuseIsClean(t *testing.T) {
 		t.Errorf("the former policy is in force: %v", err)
 	}
 	guest := newTap(t, openFile(t, second.NetNS), eth0)
-	io.WriteString(old, "for the former guest")
-	old.SetReadDeadline(time.Now().Add(3 * time.Second))
-	if _, err := io.Copy(io.Discard, old); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EHOSTUNREACH) {
-		t.Errorf("the former guest's connection: got %v, want a reset", err)
+	_, err = io.WriteString(old, "for the former guest")
+	if err == nil { // a kernel that does not end sockets sends it, and is told
+		old.SetReadDeadline(time.Now().Add(3 * time.Second))
+		_, err = io.Copy(io.Discard, old)
+	}
+	if !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EHOSTUNREACH) {
+		t.Errorf("the former guest's connection: got %v, want it ended", err)
 	}
 	if got, err := ask(t.Context(), "udp4", second.Addr.String()+":49983"); err != nil || !strings.HasSuffix(got, "hello") {
 		t.Errorf("the new guest: %q, %v", got, err)

@@ -194,8 +194,12 @@ var kept = []string{"cay.db", "cay.lock", "credentials.json", "log", "blobs", "w
 	"disk", "disk/disks", "disk/images", "disk/pool", "disk/pool.xfs", "disk/pool/blank", "disk/pool/disk", "disk/pool/saved",
 	"run", "run/orchestrator", "run/gvisor", "run/gvisor/i", "run/gvisor/shared", "run/gvisor/supervisor.lock", "run/gvisor/supervisor.log"}
 
-// keeps reports whether a line of a difference is about one of these.
+// keeps reports whether a line of a difference is about one of these, or about
+// the lock that all servers of a machine share.
 func keeps(line string) bool {
+	if strings.Contains(line, " more of file /run/cay/network-N.json.lock: ") {
+		return true
+	}
 	_, what, _ := strings.Cut(line, " more of file <data>/")
 	path, _, ok := strings.Cut(what, ": ")
 	return ok && (slices.Contains(kept, path) || strings.HasPrefix(path, "blobs/") || strings.HasPrefix(path, "log/"))
