@@ -121,3 +121,49 @@ func TestError(t *testing.T) {
 		t.Errorf("InfoOf an unknown code = %+v", i)
 	}
 }
+
+func TestSandboxStateMoves(t *testing.T) {
+	all := SandboxStates()
+	for _, from := range all {
+		if !from.May(from) {
+			t.Errorf("%s may not stay", from)
+		}
+		if from == StateEnded {
+			for _, to := range all {
+				if to != from && from.May(to) {
+					t.Errorf("ended may become %s", to)
+				}
+			}
+			continue
+		}
+		if from != StateKilling && !from.May(StateKilling) {
+			t.Errorf("%s cannot be killed", from)
+		}
+		seen := map[SandboxState]bool{from: true}
+		for todo := []SandboxState{from}; len(todo) > 0; todo = todo[1:] {
+			for _, to := range all {
+				if todo[0].May(to) && !seen[to] {
+					seen[to] = true
+					todo = append(todo, to)
+				}
+			}
+		}
+		if !seen[StateEnded] {
+			t.Errorf("%s never ends", from)
+		}
+		if seen[StateStarting] && from != StateStarting {
+			t.Errorf("%s comes back to starting", from)
+		}
+	}
+	for _, c := range []struct{ from, to SandboxState }{
+		{"", StateRunning}, {StateStarting, StatePausing}, {StateRunning, StatePaused}, {StateRunning, StateResuming},
+		{StatePaused, StateRunning}, {StateSnapshotting, StatePausing}, {StateKilling, StateRunning}, {StateKilling, StatePaused},
+	} {
+		if c.from.May(c.to) {
+			t.Errorf("%q may become %q", c.from, c.to)
+		}
+	}
+	if StatePaused.Holds() || StateEnded.Holds() || !StatePausing.Holds() || StatePausing.Runs() || !StateSnapshotting.Runs() {
+		t.Error("what holds a place, and what runs, is wrong")
+	}
+}

@@ -1,6 +1,7 @@
 package cay
 
 import (
+	"slices"
 	"strings"
 	"time"
 )
@@ -35,14 +36,49 @@ func NewExecutionID() ExecutionID { return ExecutionID("x" + randomID(16)) }
 // SandboxState is where a sandbox is in its life.
 type SandboxState string
 
-// The states. Legal moves: starting→running→killing→ended; starting→ended.
-// Pausing, paused, resuming and snapshotting join with pause and resume.
+// The states. DESIGN.md of package api says what each means; [SandboxState.May]
+// which moves there are.
 const (
-	StateStarting SandboxState = "starting"
-	StateRunning  SandboxState = "running"
-	StateKilling  SandboxState = "killing"
-	StateEnded    SandboxState = "ended"
+	StateStarting     SandboxState = "starting"     // being made, or made from a snapshot, for the first time
+	StateRunning      SandboxState = "running"      // its guest answers
+	StatePausing      SandboxState = "pausing"      // being saved, to stop then
+	StatePaused       SandboxState = "paused"       // a snapshot is all there is of it
+	StateResuming     SandboxState = "resuming"     // being started from that snapshot
+	StateSnapshotting SandboxState = "snapshotting" // runs while a snapshot of it is made
+	StateKilling      SandboxState = "killing"      // being taken away
+	StateEnded        SandboxState = "ended"        // final; it has a reason
 )
+
+// moves is the whole life of a sandbox. Everything else is a defect.
+var moves = map[SandboxState][]SandboxState{
+	"":                {StateStarting},
+	StateStarting:     {StateRunning, StateKilling, StateEnded},
+	StateRunning:      {StatePausing, StateSnapshotting, StateKilling, StateEnded},
+	StatePausing:      {StatePaused, StateRunning, StateKilling, StateEnded},
+	StatePaused:       {StateResuming, StateKilling},
+	StateResuming:     {StateRunning, StatePaused, StateKilling, StateEnded},
+	StateSnapshotting: {StateRunning, StateKilling, StateEnded},
+	StateKilling:      {StateEnded},
+	StateEnded:        nil,
+}
+
+// SandboxStates returns every state, in the order of a life.
+func SandboxStates() []SandboxState {
+	return []SandboxState{StateStarting, StateRunning, StatePausing, StatePaused, StateResuming, StateSnapshotting, StateKilling, StateEnded}
+}
+
+// May reports whether a sandbox may move from one state to another. To stay is
+// no move, and always allowed.
+func (s SandboxState) May(to SandboxState) bool {
+	return s == to || slices.Contains(moves[s], to)
+}
+
+// Runs reports whether a sandbox in this state has a guest that answers.
+func (s SandboxState) Runs() bool { return s == StateRunning || s == StateSnapshotting }
+
+// Holds reports whether a sandbox in this state takes a place of its team's
+// limit: all but those that use no memory and no processor.
+func (s SandboxState) Holds() bool { return s != StatePaused && s != StateEnded }
 
 // EndReason says why a sandbox ended. Every sandbox ID that was ever returned
 // ends in exactly one of these.
