@@ -123,12 +123,12 @@ func TestError(t *testing.T) {
 }
 
 func TestSandboxStateMoves(t *testing.T) {
-	all := SandboxStates()
+	all := cay.SandboxStates()
 	for _, from := range all {
 		if !from.May(from) {
 			t.Errorf("%s may not stay", from)
 		}
-		if from == StateEnded {
+		if from == cay.StateEnded {
 			for _, to := range all {
 				if to != from && from.May(to) {
 					t.Errorf("ended may become %s", to)
@@ -136,11 +136,11 @@ func TestSandboxStateMoves(t *testing.T) {
 			}
 			continue
 		}
-		if from != StateKilling && !from.May(StateKilling) {
+		if from != cay.StateKilling && !from.May(cay.StateKilling) {
 			t.Errorf("%s cannot be killed", from)
 		}
-		seen := map[SandboxState]bool{from: true}
-		for todo := []SandboxState{from}; len(todo) > 0; todo = todo[1:] {
+		seen := map[cay.SandboxState]bool{from: true}
+		for todo := []cay.SandboxState{from}; len(todo) > 0; todo = todo[1:] {
 			for _, to := range all {
 				if todo[0].May(to) && !seen[to] {
 					seen[to] = true
@@ -148,22 +148,22 @@ func TestSandboxStateMoves(t *testing.T) {
 				}
 			}
 		}
-		if !seen[StateEnded] {
+		if !seen[cay.StateEnded] {
 			t.Errorf("%s never ends", from)
 		}
-		if seen[StateStarting] && from != StateStarting {
+		if seen[cay.StateStarting] && from != cay.StateStarting {
 			t.Errorf("%s comes back to starting", from)
 		}
 	}
-	for _, c := range []struct{ from, to SandboxState }{
-		{"", StateRunning}, {StateStarting, StatePausing}, {StateRunning, StatePaused}, {StateRunning, StateResuming},
-		{StatePaused, StateRunning}, {StateSnapshotting, StatePausing}, {StateKilling, StateRunning}, {StateKilling, StatePaused},
+	for _, c := range []struct{ from, to cay.SandboxState }{
+		{"", cay.StateRunning}, {cay.StateStarting, cay.StatePausing}, {cay.StateRunning, cay.StatePaused}, {cay.StateRunning, cay.StateResuming},
+		{cay.StatePaused, cay.StateRunning}, {cay.StateSnapshotting, cay.StatePausing}, {cay.StateKilling, cay.StateRunning}, {cay.StateKilling, cay.StatePaused},
 	} {
 		if c.from.May(c.to) {
 			t.Errorf("%q may become %q", c.from, c.to)
 		}
 	}
-	if StatePaused.Holds() || StateEnded.Holds() || !StatePausing.Holds() || StatePausing.Runs() || !StateSnapshotting.Runs() {
+	if cay.StatePaused.Holds() || cay.StateEnded.Holds() || !cay.StatePausing.Holds() || cay.StatePausing.Runs() || !cay.StateSnapshotting.Runs() {
 		t.Error("what holds a place, and what runs, is wrong")
 	}
 }
