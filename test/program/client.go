@@ -130,8 +130,8 @@ func (c *Client) Make(t testing.TB, life time.Duration, more map[string]any) *Sa
 	t.Cleanup(func() {
 		ctx, stop := context.WithTimeout(context.Background(), 20*time.Second)
 		defer stop()
-		var r *Refusal
-		if err := s.Kill(ctx); err != nil && (!errors.As(err, &r) || r.Status != http.StatusNotFound) {
+		var r *Refusal // else the server is down, and its end is that of all
+		if err := s.Kill(ctx); errors.As(err, &r) && r.Status != http.StatusNotFound {
 			t.Errorf("killing sandbox %s: %v", s.ID, err)
 		}
 	})
