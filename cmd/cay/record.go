@@ -33,14 +33,26 @@ const (
 )
 
 // ensureTeam records the generated team and its key, if they are new. Limits
-// that an operator has changed stay.
+// that an operator has changed stay, and so does the deletion of the key.
 func ensureTeam(ctx context.Context, st store.Store, c credentials) error {
 	id := cay.TeamID(c.TeamID)
 	_, err := st.Team(ctx, id)
 	switch cay.CodeOf(err) {
 	case "":
-		return nil
+		// A first start that was cut short may have left the team without its
+		// key. It has no template then: that comes last.
+		made, err := st.ListTemplates(ctx, id, store.Cursor{}, 1)
+		if err != nil {
+			return fmt.Errorf("looking for the team's templates: %w", err)
+		}
+		if len(made) > 0 {
+			return nil
+		}
 	case cay.CodeNotFound:
+		team := cay.Team{ID: id, Name: firstTeamName, Slug: firstTeamSlug, Limits: cay.DefaultTeamLimits}
+		if err := st.PutTeam(ctx, team); err != nil {
+			return fmt.Errorf("recording the generated team: %w", err)
+		}
 	default:
 		return fmt.Errorf("looking for the generated team: %w", err)
 	}
@@ -48,14 +60,10 @@ func ensureTeam(ctx context.Context, st store.Store, c credentials) error {
 	if err != nil {
 		return fmt.Errorf("hashing the generated API key: %w", err)
 	}
-	team := cay.Team{ID: id, Name: firstTeamName, Slug: firstTeamSlug, Limits: cay.DefaultTeamLimits}
-	if err := st.PutTeam(ctx, team); err != nil {
-		return fmt.Errorf("recording the generated team: %w", err)
-	}
 	prefix, suffix, n := api.MaskKey(c.APIKey)
 	err = st.AddKey(ctx, store.Key{ID: store.KeyID(uuid.NewString()), Team: id, Name: firstKeyName, Hash: hash,
 		Prefix: prefix, Suffix: suffix, Length: n, CreatedAt: time.Now().UTC()})
-	if err != nil && cay.CodeOf(err) != cay.CodeConflict {
+	if err != nil && cay.CodeOf(err) != cay.CodeConflict { // conflict: it is there
 		return fmt.Errorf("recording the generated API key: %w", err)
 	}
 	return nil
