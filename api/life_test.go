@@ -442,15 +442,32 @@ func TestClockSteps(t *testing.T) {
 
 func TestPrune(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fixture) {
+		young, old := f.create(""), f.create("")
+		for id, ago := range map[cay.SandboxID]time.Duration{young: keepEnded - 90*time.Minute, old: keepEnded + time.Minute} {
+			_, err := f.store.UpdateSandbox(t.Context(), id, func(s *store.Sandbox) error {
+				setEnd(s, cay.StateEnded, cay.EndRequest, "", time.Now().Add(-ago))
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.node.die(id, cay.EndRequest, "")
+		}
+		kept := func(id cay.SandboxID) bool {
+			_, err := f.store.FindSandbox(t.Context(), "", id)
+			if err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+				t.Fatal(err)
+			}
+			return err == nil
+		}
 		defer f.run()()
-		id := f.create("")
-		f.want(204, f.request("DELETE", "/sandboxes/"+string(id), ""))
-		time.Sleep(keepEnded - 2*time.Hour)
-		f.record(id)
-		time.Sleep(4 * time.Hour)
-		_, err := f.store.FindSandbox(t.Context(), "", id)
-		if cay.CodeOf(err) != cay.CodeSandboxNotFound {
-			t.Errorf("the record is kept: %v", err)
+		synctest.Wait()
+		if kept(old) || !kept(young) {
+			t.Errorf("at the start: the old record is kept: %v, the young one: %v", kept(old), kept(young))
+		}
+		time.Sleep(2*time.Hour + time.Minute)
+		if kept(young) {
+			t.Error("a record is kept that is older than seven days")
 		}
 	})
 }

@@ -1,11 +1,13 @@
 package api
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/url"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -367,19 +369,18 @@ func TestListV2(t *testing.T) {
 	}
 }
 
-func TestLogs(t *testing.T) {
-	f := newFixture(t)
+func TestLogs(t *testing.T) { inBubble(t, testLogs) }
+
+func testLogs(t *testing.T, f *fixture) {
+	f.node.onCreate = func(context.Context, cay.SandboxConfig) error { time.Sleep(time.Second); return nil }
 	id := f.create("")
 	at := time.Now().UTC().Add(time.Second)
 	f.node.onConsole = func(cay.SandboxID) []cay.ConsoleLine {
 		return []cay.ConsoleLine{{At: at, Text: "init: up"}, {At: at.Add(time.Second), Text: "bad \xff byte"}}
 	}
 	f.node.die(id, cay.EndOOM, "the guest used more memory than its limit")
-	stop := f.run()
-	defer stop()
-	for f.record(id).State != cay.StateEnded {
-		time.Sleep(time.Millisecond)
-	}
+	defer f.run()()
+	synctest.Wait()
 	var v1 gen.SandboxLogs
 	f.want(200, f.request("GET", "/sandboxes/"+string(id)+"/logs", "")).decode(t, &v1)
 	var line struct{ Message, Level, Logger string }
