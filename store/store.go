@@ -40,6 +40,7 @@ type Store interface {
 	Keys
 	Templates
 	Sandboxes
+	Snapshots
 }
 
 // Teams are the tenants.
@@ -158,8 +159,8 @@ type Templates interface {
 	// one is cay.CodeTemplateNotFound.
 	SetTemplatePublic(ctx context.Context, team cay.TeamID, id cay.TemplateID, public bool) error
 	// DeleteTemplate removes a template of the team with its builds' rows; an
-	// unknown one is cay.CodeTemplateNotFound, one with live sandboxes
-	// cay.CodeConflict.
+	// unknown one is cay.CodeTemplateNotFound, one with live sandboxes or
+	// snapshots cay.CodeConflict.
 	DeleteTemplate(ctx context.Context, team cay.TeamID, id cay.TemplateID) error
 }
 
@@ -200,11 +201,35 @@ type Sandbox struct {
 	// MaxDeadline is the latest deadline that the team's limits allow.
 	MaxDeadline time.Time
 
+	// Execution is the run under way, or the last one; empty while the node
+	// has not told it.
+	Execution cay.ExecutionID
+	// Snapshot is what is being made of the sandbox while it is pausing or
+	// snapshotting, and what it consists of while it is paused or resuming.
+	// SnapshotMemory tells that it has the memory, PausedAt when it was made.
+	Snapshot       cay.SnapshotID
+	SnapshotMemory bool
+	PausedAt       time.Time
+	// Origin is the snapshot that the sandbox was first made from, and Parent
+	// the sandbox that one was of; neither need exist any more.
+	Origin cay.SnapshotID
+	Parent cay.SandboxID
+	// History is what became of the sandbox, oldest first, as far as its owner
+	// keeps it.
+	History []Happening
+
 	// EndedAt is set when State is cay.StateEnded, and only then. So is
 	// EndReason, which a sandbox in cay.StateKilling may have already.
 	EndedAt    time.Time
 	EndReason  cay.EndReason
 	EndMessage string
+}
+
+// Happening is something that became of a sandbox.
+type Happening struct {
+	At      time.Time     `json:"at"`
+	Type    cay.EventType `json:"type"`
+	Message string        `json:"message"` // a sentence for people
 }
 
 // SandboxFilter selects live sandboxes.
@@ -222,8 +247,8 @@ type SandboxFilter struct {
 
 // Sandboxes are what was promised to clients.
 type Sandboxes interface {
-	// AddSandbox records a new sandbox. If limit of the team's sandboxes are
-	// starting, running or being killed already, the error is
+	// AddSandbox records a new sandbox. If limit of the team's sandboxes hold a
+	// place already (cay.SandboxState.Holds), the error is
 	// cay.CodeTooManySandboxes; count and insert are one step, and a limit of 0
 	// allows none. The same ID twice is cay.CodeConflict; a template that lacks
 	// the build, or is gone, is cay.CodeTemplateNotFound.
@@ -235,10 +260,14 @@ type Sandboxes interface {
 	// UpdateSandbox reads the record, lets change alter it, writes it and
 	// returns what it wrote, in one step. An error of change is returned as it
 	// is, and nothing is written. change must be quick, must not use the store,
-	// and leaves ID, Team, Template, Alias, Build and CreatedAt alone. The
+	// and leaves ID, Team, Template, Alias, Build, Origin, Parent and CreatedAt alone. The
 	// record of an ended sandbox is final: an alteration is cay.CodeConflict.
 	// An unknown sandbox is cay.CodeSandboxNotFound.
 	UpdateSandbox(ctx context.Context, id cay.SandboxID, change func(*Sandbox) error) (Sandbox, error)
+	// AdmitSandbox is UpdateSandbox for a change that makes the sandbox hold a
+	// place of its team's limit. If it did not and limit others do, the error
+	// is cay.CodeTooManySandboxes and nothing is written.
+	AdmitSandbox(ctx context.Context, id cay.SandboxID, limit int, change func(*Sandbox) error) (Sandbox, error)
 	// ListSandboxes returns live (not ended) sandboxes, ordered by StartedAt.
 	ListSandboxes(ctx context.Context, f SandboxFilter) ([]Sandbox, error)
 	// CountSandboxes returns how many sandboxes in the states a team has; no
@@ -247,4 +276,49 @@ type Sandboxes interface {
 	// PruneSandboxes removes the records of sandboxes that ended before t, and
 	// returns how many.
 	PruneSandboxes(ctx context.Context, t time.Time) (int, error)
+}
+
+// Snapshot is the record of a snapshot that a client asked for. What it is made
+// of is with the node; its manifest there is the truth about it.
+type Snapshot struct {
+	ID       cay.SnapshotID
+	Team     cay.TeamID
+	Sandbox  cay.SandboxID // whose it is; it may be gone
+	Template cay.TemplateID
+	Alias    string // the template's name when the sandbox was made
+	Build    cay.BuildID
+	// Name and Tag are what the client called it; both or neither.
+	Name, Tag   string
+	Resources   cay.Resources
+	EnvdVersion string
+	Memory      bool // it has the memory
+	CreatedAt   time.Time
+}
+
+// SnapshotFilter selects snapshots.
+type SnapshotFilter struct {
+	Team    cay.TeamID    // empty: every team, for operators
+	Sandbox cay.SandboxID // empty: any
+	Name    string        // empty: any
+	Tag     string        // empty: any
+	After   Cursor
+	Limit   int
+}
+
+// Snapshots are what clients keep of sandboxes.
+type Snapshots interface {
+	// AddSnapshot records a snapshot. Its name and tag are taken from the
+	// team's snapshot that had them, if any. The same ID twice, or a name that
+	// a template of the team has, is cay.CodeConflict; a template that lacks
+	// the build, or is gone, is cay.CodeTemplateNotFound.
+	AddSnapshot(ctx context.Context, s Snapshot) error
+	// FindSnapshot resolves a reference among the team's snapshots: an ID
+	// (which has the tag DefaultTag only) before a name. Nothing found is
+	// cay.CodeNotFound.
+	FindSnapshot(ctx context.Context, team cay.TeamID, ref TemplateRef) (Snapshot, error)
+	// ListSnapshots returns snapshots, newest first by CreatedAt.
+	ListSnapshots(ctx context.Context, f SnapshotFilter) ([]Snapshot, error)
+	// DeleteSnapshot removes the record of a snapshot of the team; an unknown
+	// one is cay.CodeNotFound.
+	DeleteSnapshot(ctx context.Context, team cay.TeamID, id cay.SnapshotID) error
 }

@@ -51,6 +51,16 @@ func sandboxRow(sb store.Sandbox) (gen.Sandbox, error) {
 	if len(options) == 0 {
 		options = nil
 	}
+	history := "[]"
+	if len(sb.History) > 0 {
+		kept := slices.Clone(sb.History)
+		for i := range kept {
+			kept[i].At = kept[i].At.UTC().Truncate(time.Microsecond)
+		}
+		if history, err = asJSON(kept); err != nil {
+			return gen.Sandbox{}, err
+		}
+	}
 	return gen.Sandbox{
 		ID: string(sb.ID), TeamID: string(sb.Team), TemplateID: string(sb.Template), Alias: sb.Alias,
 		BuildID: string(sb.Build), NodeID: string(sb.Node), State: string(sb.State),
@@ -59,6 +69,8 @@ func sandboxRow(sb store.Sandbox) (gen.Sandbox, error) {
 		CreatedAt: micros(sb.CreatedAt), StartedAt: micros(sb.StartedAt),
 		Deadline: micros(sb.Deadline), MaxDeadline: micros(sb.MaxDeadline),
 		EndedAt: micros(sb.EndedAt), EndReason: string(sb.EndReason), EndMessage: sb.EndMessage,
+		Execution: string(sb.Execution), Snapshot: string(sb.Snapshot), SnapshotMemory: sb.SnapshotMemory, PausedAt: micros(sb.PausedAt),
+		Origin: string(sb.Origin), Parent: string(sb.Parent), History: history,
 	}, nil
 }
 
@@ -71,6 +83,13 @@ func sandbox(r gen.Sandbox) (store.Sandbox, error) {
 		CreatedAt: instant(r.CreatedAt), StartedAt: instant(r.StartedAt),
 		Deadline: instant(r.Deadline), MaxDeadline: instant(r.MaxDeadline),
 		EndedAt: instant(r.EndedAt), EndReason: cay.EndReason(r.EndReason), EndMessage: r.EndMessage,
+		Execution: cay.ExecutionID(r.Execution), Snapshot: cay.SnapshotID(r.Snapshot), SnapshotMemory: r.SnapshotMemory, PausedAt: instant(r.PausedAt),
+		Origin: cay.SnapshotID(r.Origin), Parent: cay.SandboxID(r.Parent),
+	}
+	if r.History != "[]" {
+		if err := json.Unmarshal([]byte(r.History), &sb.History); err != nil {
+			return store.Sandbox{}, internal("the history of sandbox " + r.ID + " is recorded in a wrong form: " + err.Error())
+		}
 	}
 	if r.Metadata == "{}" {
 		return sb, nil
@@ -107,14 +126,8 @@ func (s *Store) AddSandbox(ctx context.Context, sb store.Sandbox, limit int) err
 		return s.fail("record the sandbox", err)
 	}
 	return s.write(ctx, "record the sandbox", unflushed, func(ctx context.Context, q *gen.Queries) error {
-		held, err := q.CountHeld(ctx, r.TeamID)
-		if err != nil {
+		if err := room(ctx, q, r.TeamID, limit); err != nil {
 			return err
-		}
-		if held >= int64(limit) {
-			return &cay.Error{Code: cay.CodeTooManySandboxes, Layer: cay.LayerQuota,
-				Message: fmt.Sprintf("the team has %d sandboxes, and its limit is %d", held, limit),
-				Fix:     "kill a sandbox that is not needed, or raise the team's limit"}
 		}
 		if err := q.AddSandbox(ctx, gen.AddSandboxParams(r)); err != nil {
 			return err
@@ -122,6 +135,17 @@ func (s *Store) AddSandbox(ctx context.Context, sb store.Sandbox, limit int) err
 		n, err := q.CountSpawn(ctx, gen.CountSpawnParams{At: r.CreatedAt, ID: r.TemplateID, BuildID: r.BuildID})
 		return touched(n, err, noTemplate(r.TemplateID))
 	})
+}
+
+// room refuses one more sandbox than the team may have.
+func room(ctx context.Context, q *gen.Queries, team string, limit int) error {
+	held, err := q.CountHeld(ctx, team)
+	if err != nil || held < int64(limit) {
+		return err
+	}
+	return &cay.Error{Code: cay.CodeTooManySandboxes, Layer: cay.LayerQuota,
+		Message: fmt.Sprintf("the team has %d sandboxes, and its limit is %d", held, limit),
+		Fix:     "kill or pause a sandbox that is not needed, or raise the team's limit"}
 }
 
 // FindSandbox implements [store.Sandboxes].
@@ -147,6 +171,21 @@ func find(ctx context.Context, q *gen.Queries, t cay.TeamID, id cay.SandboxID) (
 // UpdateSandbox implements [store.Sandboxes]. A change that alters nothing is
 // not written.
 func (s *Store) UpdateSandbox(ctx context.Context, id cay.SandboxID, change func(*store.Sandbox) error) (store.Sandbox, error) {
+	return s.update(ctx, id, change, func(context.Context, *gen.Queries, gen.Sandbox, store.Sandbox) error { return nil })
+}
+
+// AdmitSandbox implements [store.Sandboxes].
+func (s *Store) AdmitSandbox(ctx context.Context, id cay.SandboxID, limit int, change func(*store.Sandbox) error) (store.Sandbox, error) {
+	return s.update(ctx, id, change, func(ctx context.Context, q *gen.Queries, old gen.Sandbox, sb store.Sandbox) error {
+		if cay.SandboxState(old.State).Holds() || !sb.State.Holds() {
+			return nil
+		}
+		return room(ctx, q, old.TeamID, limit)
+	})
+}
+
+func (s *Store) update(ctx context.Context, id cay.SandboxID, change func(*store.Sandbox) error,
+	admit func(context.Context, *gen.Queries, gen.Sandbox, store.Sandbox) error) (store.Sandbox, error) {
 	var out store.Sandbox
 	var refused error
 	err := s.write(ctx, "record the sandbox's change", flushed, func(ctx context.Context, q *gen.Queries) error {
@@ -164,6 +203,9 @@ func (s *Store) UpdateSandbox(ctx context.Context, id cay.SandboxID, change func
 		if refused = change(&sb); refused != nil {
 			return refused
 		}
+		if err := admit(ctx, q, r, sb); err != nil {
+			return err
+		}
 		out, err = s.replace(ctx, q, r, sb)
 		return err
 	})
@@ -179,7 +221,7 @@ func (s *Store) replace(ctx context.Context, q *gen.Queries, old gen.Sandbox, sb
 		return store.Sandbox{}, err
 	}
 	if r.ID != old.ID || r.TeamID != old.TeamID || r.TemplateID != old.TemplateID ||
-		r.Alias != old.Alias || r.BuildID != old.BuildID || r.CreatedAt != old.CreatedAt {
+		r.Alias != old.Alias || r.BuildID != old.BuildID || r.Origin != old.Origin || r.Parent != old.Parent || r.CreatedAt != old.CreatedAt {
 		return store.Sandbox{}, internal("a change of sandbox " + old.ID + " would alter what identifies it")
 	}
 	if reflect.DeepEqual(old, r) {
@@ -196,7 +238,8 @@ func (s *Store) replace(ctx context.Context, q *gen.Queries, old gen.Sandbox, sb
 		NodeID: r.NodeID, State: r.State, Cpus: r.Cpus, MemoryMb: r.MemoryMb, DiskMb: r.DiskMb, EnvdVersion: r.EnvdVersion,
 		Metadata: r.Metadata, Secure: r.Secure, AllowInternet: r.AllowInternet, Options: r.Options,
 		StartedAt: r.StartedAt, Deadline: r.Deadline, MaxDeadline: r.MaxDeadline,
-		EndedAt: r.EndedAt, EndReason: r.EndReason, EndMessage: r.EndMessage, ID: r.ID,
+		EndedAt: r.EndedAt, EndReason: r.EndReason, EndMessage: r.EndMessage,
+		Execution: r.Execution, Snapshot: r.Snapshot, SnapshotMemory: r.SnapshotMemory, PausedAt: r.PausedAt, History: r.History, ID: r.ID,
 	})
 	if err != nil {
 		return store.Sandbox{}, err

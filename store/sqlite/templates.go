@@ -162,7 +162,7 @@ func (s *Store) DeleteTemplate(ctx context.Context, t cay.TeamID, id cay.Templat
 		used, err := q.TemplateInUse(ctx, string(id))
 		if err == nil && used {
 			return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerTemplate,
-				Message: "template " + string(id) + " has live sandboxes", Fix: "kill them first"}
+				Message: "template " + string(id) + " has live sandboxes or snapshots", Fix: "remove them first"}
 		}
 		return err
 	})

@@ -51,6 +51,11 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"pages while writing", pagesWhileWriting},
 		{"count", count},
 		{"prune", prune},
+		{"snapshot round trip", snapshotRoundTrip},
+		{"snapshot references", snapshotReferences},
+		{"snapshot lists", snapshotLists},
+		{"runs", runs},
+		{"admit", admit},
 		{"foreign is absent", foreign},
 		{"cancelled", cancelled},
 		{"closed", closed},
@@ -205,6 +210,7 @@ func foreign(f fixture) {
 	inUse := newSandbox(2, 0)
 	inUse.Template, inUse.Build = templateID(2), buildID(2)
 	f.add(inUse)
+	f.keep(newSnapshot(1, 0))
 	me, ctx := teamID(1), f.Context()
 	for _, c := range []struct {
 		name           string
@@ -237,6 +243,12 @@ func foreign(f fixture) {
 		}},
 		{"SetTemplatePublic of a public one", string(templateID(1)), string(templateID(9)), func(id string) (any, error) {
 			return nil, f.SetTemplatePublic(ctx, me, cay.TemplateID(id), false)
+		}},
+		{"FindSnapshot", string(snapshotID(1)), string(snapshotID(9)), func(id string) (any, error) {
+			return f.FindSnapshot(ctx, me, store.TemplateRef{Name: id})
+		}},
+		{"DeleteSnapshot", string(snapshotID(1)), string(snapshotID(9)), func(id string) (any, error) {
+			return nil, f.DeleteSnapshot(ctx, me, cay.SnapshotID(id))
 		}},
 		{"DeleteTemplate", string(templateID(2)), string(templateID(9)), func(id string) (any, error) {
 			return nil, f.DeleteTemplate(ctx, me, cay.TemplateID(id))
@@ -331,6 +343,14 @@ func outcomes(f fixture, ctx context.Context) map[string]error {
 		f.Error("UpdateSandbox called change")
 		return nil
 	})
+	_, out["AdmitSandbox"] = f.AdmitSandbox(ctx, sandboxID(1), 1, func(*store.Sandbox) error {
+		f.Error("AdmitSandbox called change")
+		return nil
+	})
+	out["AddSnapshot"] = f.AddSnapshot(ctx, newSnapshot(2, 0))
+	_, out["FindSnapshot"] = f.FindSnapshot(ctx, teamID(0), store.TemplateRef{Name: "mine"})
+	_, out["ListSnapshots"] = f.ListSnapshots(ctx, store.SnapshotFilter{})
+	out["DeleteSnapshot"] = f.DeleteSnapshot(ctx, teamID(0), snapshotID(1))
 	_, out["ListSandboxes"] = f.ListSandboxes(ctx, store.SandboxFilter{})
 	_, out["ListSandboxes upwards"] = f.ListSandboxes(ctx, store.SandboxFilter{Ascending: true})
 	_, out["CountSandboxes"] = f.CountSandboxes(ctx, teamID(0))

@@ -27,28 +27,52 @@ type Key struct {
 }
 
 type Sandbox struct {
-	ID            string
-	TeamID        string
-	TemplateID    string
-	Alias         string
-	BuildID       string
-	NodeID        string
-	State         string
-	Cpus          int64
-	MemoryMb      int64
-	DiskMb        int64
-	EnvdVersion   string
-	Metadata      string
-	Secure        bool
-	AllowInternet *bool
-	Options       []byte
-	CreatedAt     int64
-	StartedAt     int64
-	Deadline      int64
-	MaxDeadline   int64
-	EndedAt       int64
-	EndReason     string
-	EndMessage    string
+	ID             string
+	TeamID         string
+	TemplateID     string
+	Alias          string
+	BuildID        string
+	NodeID         string
+	State          string
+	Cpus           int64
+	MemoryMb       int64
+	DiskMb         int64
+	EnvdVersion    string
+	Metadata       string
+	Secure         bool
+	AllowInternet  *bool
+	Options        []byte
+	CreatedAt      int64
+	StartedAt      int64
+	Deadline       int64
+	MaxDeadline    int64
+	EndedAt        int64
+	EndReason      string
+	EndMessage     string
+	Execution      string
+	Snapshot       string
+	SnapshotMemory bool
+	PausedAt       int64
+	Origin         string
+	Parent         string
+	History        string
+}
+
+type Snapshot struct {
+	ID          string
+	TeamID      string
+	SandboxID   string
+	TemplateID  string
+	Alias       string
+	BuildID     string
+	Name        string
+	Tag         string
+	Cpus        int64
+	MemoryMb    int64
+	DiskMb      int64
+	EnvdVersion string
+	Memory      bool
+	CreatedAt   int64
 }
 
 type Tag struct {

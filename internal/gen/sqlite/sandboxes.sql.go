@@ -13,37 +13,46 @@ const addSandbox = `-- name: AddSandbox :exec
 INSERT INTO sandboxes (
     id, team_id, template_id, alias, build_id, node_id, state,
     cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options,
-    created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message
+    created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message,
+    execution, snapshot, snapshot_memory, paused_at, origin, parent, history
 ) VALUES (
     ?1, ?2, ?3, ?4, ?5, ?6, ?7,
     ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
-    ?16, ?17, ?18, ?19, ?20, ?21, ?22
+    ?16, ?17, ?18, ?19, ?20, ?21, ?22,
+    ?23, ?24, ?25, ?26, ?27, ?28, ?29
 )
 `
 
 type AddSandboxParams struct {
-	ID            string
-	TeamID        string
-	TemplateID    string
-	Alias         string
-	BuildID       string
-	NodeID        string
-	State         string
-	Cpus          int64
-	MemoryMb      int64
-	DiskMb        int64
-	EnvdVersion   string
-	Metadata      string
-	Secure        bool
-	AllowInternet *bool
-	Options       []byte
-	CreatedAt     int64
-	StartedAt     int64
-	Deadline      int64
-	MaxDeadline   int64
-	EndedAt       int64
-	EndReason     string
-	EndMessage    string
+	ID             string
+	TeamID         string
+	TemplateID     string
+	Alias          string
+	BuildID        string
+	NodeID         string
+	State          string
+	Cpus           int64
+	MemoryMb       int64
+	DiskMb         int64
+	EnvdVersion    string
+	Metadata       string
+	Secure         bool
+	AllowInternet  *bool
+	Options        []byte
+	CreatedAt      int64
+	StartedAt      int64
+	Deadline       int64
+	MaxDeadline    int64
+	EndedAt        int64
+	EndReason      string
+	EndMessage     string
+	Execution      string
+	Snapshot       string
+	SnapshotMemory bool
+	PausedAt       int64
+	Origin         string
+	Parent         string
+	History        string
 }
 
 func (q *Queries) AddSandbox(ctx context.Context, arg AddSandboxParams) error {
@@ -70,6 +79,13 @@ func (q *Queries) AddSandbox(ctx context.Context, arg AddSandboxParams) error {
 		arg.EndedAt,
 		arg.EndReason,
 		arg.EndMessage,
+		arg.Execution,
+		arg.Snapshot,
+		arg.SnapshotMemory,
+		arg.PausedAt,
+		arg.Origin,
+		arg.Parent,
+		arg.History,
 	)
 	return err
 }
@@ -94,7 +110,7 @@ func (q *Queries) CountAny(ctx context.Context, arg CountAnyParams) (int64, erro
 
 const countHeld = `-- name: CountHeld :one
 SELECT count(*) FROM sandboxes
-WHERE team_id = ?1 AND state <> 'ended' AND state IN ('starting', 'running', 'killing')
+WHERE team_id = ?1 AND state <> 'ended' AND state <> 'paused'
 `
 
 // The sandboxes that hold a place of the team's limit.
@@ -125,7 +141,7 @@ func (q *Queries) CountLive(ctx context.Context, arg CountLiveParams) (int64, er
 }
 
 const findSandbox = `-- name: FindSandbox :one
-SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message FROM sandboxes
+SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message, execution, snapshot, snapshot_memory, paused_at, origin, parent, history FROM sandboxes
 WHERE id = ?1 AND (CAST(?2 AS TEXT) = '' OR team_id = ?2)
 `
 
@@ -160,12 +176,19 @@ func (q *Queries) FindSandbox(ctx context.Context, arg FindSandboxParams) (Sandb
 		&i.EndedAt,
 		&i.EndReason,
 		&i.EndMessage,
+		&i.Execution,
+		&i.Snapshot,
+		&i.SnapshotMemory,
+		&i.PausedAt,
+		&i.Origin,
+		&i.Parent,
+		&i.History,
 	)
 	return i, err
 }
 
 const listSandboxesDown = `-- name: ListSandboxesDown :many
-SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message FROM sandboxes s
+SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message, execution, snapshot, snapshot_memory, paused_at, origin, parent, history FROM sandboxes s
 WHERE s.state <> 'ended'
   AND (CAST(?1 AS TEXT) = '' OR s.team_id = ?1)
   AND (CAST(?2 AS TEXT) = '' OR s.template_id = ?2)
@@ -231,6 +254,13 @@ func (q *Queries) ListSandboxesDown(ctx context.Context, arg ListSandboxesDownPa
 			&i.EndedAt,
 			&i.EndReason,
 			&i.EndMessage,
+			&i.Execution,
+			&i.Snapshot,
+			&i.SnapshotMemory,
+			&i.PausedAt,
+			&i.Origin,
+			&i.Parent,
+			&i.History,
 		); err != nil {
 			return nil, err
 		}
@@ -246,7 +276,7 @@ func (q *Queries) ListSandboxesDown(ctx context.Context, arg ListSandboxesDownPa
 }
 
 const listSandboxesUp = `-- name: ListSandboxesUp :many
-SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message FROM sandboxes s
+SELECT id, team_id, template_id, alias, build_id, node_id, state, cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options, created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message, execution, snapshot, snapshot_memory, paused_at, origin, parent, history FROM sandboxes s
 WHERE s.state <> 'ended'
   AND (CAST(?1 AS TEXT) = '' OR s.team_id = ?1)
   AND (CAST(?2 AS TEXT) = '' OR s.template_id = ?2)
@@ -312,6 +342,13 @@ func (q *Queries) ListSandboxesUp(ctx context.Context, arg ListSandboxesUpParams
 			&i.EndedAt,
 			&i.EndReason,
 			&i.EndMessage,
+			&i.Execution,
+			&i.Snapshot,
+			&i.SnapshotMemory,
+			&i.PausedAt,
+			&i.Origin,
+			&i.Parent,
+			&i.History,
 		); err != nil {
 			return nil, err
 		}
@@ -344,28 +381,34 @@ UPDATE sandboxes SET
     cpus = ?3, memory_mb = ?4, disk_mb = ?5, envd_version = ?6,
     metadata = ?7, secure = ?8, allow_internet = ?9, options = ?10,
     started_at = ?11, deadline = ?12, max_deadline = ?13,
-    ended_at = ?14, end_reason = ?15, end_message = ?16
-WHERE id = ?17
+    ended_at = ?14, end_reason = ?15, end_message = ?16,
+    execution = ?17, snapshot = ?18, snapshot_memory = ?19, paused_at = ?20, history = ?21
+WHERE id = ?22
 `
 
 type UpdateSandboxParams struct {
-	NodeID        string
-	State         string
-	Cpus          int64
-	MemoryMb      int64
-	DiskMb        int64
-	EnvdVersion   string
-	Metadata      string
-	Secure        bool
-	AllowInternet *bool
-	Options       []byte
-	StartedAt     int64
-	Deadline      int64
-	MaxDeadline   int64
-	EndedAt       int64
-	EndReason     string
-	EndMessage    string
-	ID            string
+	NodeID         string
+	State          string
+	Cpus           int64
+	MemoryMb       int64
+	DiskMb         int64
+	EnvdVersion    string
+	Metadata       string
+	Secure         bool
+	AllowInternet  *bool
+	Options        []byte
+	StartedAt      int64
+	Deadline       int64
+	MaxDeadline    int64
+	EndedAt        int64
+	EndReason      string
+	EndMessage     string
+	Execution      string
+	Snapshot       string
+	SnapshotMemory bool
+	PausedAt       int64
+	History        string
+	ID             string
 }
 
 func (q *Queries) UpdateSandbox(ctx context.Context, arg UpdateSandboxParams) error {
@@ -386,6 +429,11 @@ func (q *Queries) UpdateSandbox(ctx context.Context, arg UpdateSandboxParams) er
 		arg.EndedAt,
 		arg.EndReason,
 		arg.EndMessage,
+		arg.Execution,
+		arg.Snapshot,
+		arg.SnapshotMemory,
+		arg.PausedAt,
+		arg.History,
 		arg.ID,
 	)
 	return err

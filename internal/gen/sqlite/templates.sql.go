@@ -408,7 +408,9 @@ func (q *Queries) TemplateExists(ctx context.Context, arg TemplateExistsParams) 
 }
 
 const templateInUse = `-- name: TemplateInUse :one
-SELECT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = ?1 AND state <> 'ended')
+SELECT EXISTS (
+    SELECT 1 FROM sandboxes WHERE sandboxes.template_id = ?1 AND state <> 'ended'
+    UNION ALL SELECT 1 FROM snapshots WHERE snapshots.template_id = ?1)
 `
 
 func (q *Queries) TemplateInUse(ctx context.Context, templateID string) (bool, error) {

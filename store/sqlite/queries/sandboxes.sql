@@ -1,17 +1,19 @@
 -- name: CountHeld :one
 -- The sandboxes that hold a place of the team's limit.
 SELECT count(*) FROM sandboxes
-WHERE team_id = @team_id AND state <> 'ended' AND state IN ('starting', 'running', 'killing');
+WHERE team_id = @team_id AND state <> 'ended' AND state <> 'paused';
 
 -- name: AddSandbox :exec
 INSERT INTO sandboxes (
     id, team_id, template_id, alias, build_id, node_id, state,
     cpus, memory_mb, disk_mb, envd_version, metadata, secure, allow_internet, options,
-    created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message
+    created_at, started_at, deadline, max_deadline, ended_at, end_reason, end_message,
+    execution, snapshot, snapshot_memory, paused_at, origin, parent, history
 ) VALUES (
     @id, @team_id, @template_id, @alias, @build_id, @node_id, @state,
     @cpus, @memory_mb, @disk_mb, @envd_version, @metadata, @secure, @allow_internet, @options,
-    @created_at, @started_at, @deadline, @max_deadline, @ended_at, @end_reason, @end_message
+    @created_at, @started_at, @deadline, @max_deadline, @ended_at, @end_reason, @end_message,
+    @execution, @snapshot, @snapshot_memory, @paused_at, @origin, @parent, @history
 );
 
 -- name: FindSandbox :one
@@ -24,7 +26,8 @@ UPDATE sandboxes SET
     cpus = @cpus, memory_mb = @memory_mb, disk_mb = @disk_mb, envd_version = @envd_version,
     metadata = @metadata, secure = @secure, allow_internet = @allow_internet, options = @options,
     started_at = @started_at, deadline = @deadline, max_deadline = @max_deadline,
-    ended_at = @ended_at, end_reason = @end_reason, end_message = @end_message
+    ended_at = @ended_at, end_reason = @end_reason, end_message = @end_message,
+    execution = @execution, snapshot = @snapshot, snapshot_memory = @snapshot_memory, paused_at = @paused_at, history = @history
 WHERE id = @id;
 
 -- name: ListSandboxesDown :many

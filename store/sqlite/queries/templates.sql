@@ -74,7 +74,9 @@ UPDATE templates SET public = @public, updated_at = @now
 WHERE id = @id AND team_id = @team_id;
 
 -- name: TemplateInUse :one
-SELECT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = @template_id AND state <> 'ended');
+SELECT EXISTS (
+    SELECT 1 FROM sandboxes WHERE sandboxes.template_id = @template_id AND state <> 'ended'
+    UNION ALL SELECT 1 FROM snapshots WHERE snapshots.template_id = @template_id);
 
 -- name: DeleteTemplate :execrows
 DELETE FROM templates WHERE id = @id AND team_id = @team_id;
