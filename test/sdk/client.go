@@ -108,8 +108,9 @@ func (c Client) Exercise(t *testing.T, server *program.Server, scenarios []strin
 	for _, r := range c.results(t, server, further) {
 		names = append(names, r.Name)
 		t.Run(strings.ReplaceAll(r.Name, " ", "-"), func(t *testing.T) {
+			t.Logf("took %d ms", r.MS)
 			if !r.OK {
-				t.Errorf("after %d ms: %s", r.MS, r.Error)
+				t.Error(r.Error)
 			}
 		})
 	}
