@@ -99,7 +99,7 @@ func invalid(message, fix string, args ...any) *cay.Error {
 // absent returns the error of something that this build does not have.
 func absent(what, instead string) *cay.Error {
 	return &cay.Error{Code: cay.CodeNotImplemented, Layer: cay.LayerAPI,
-		Message: what + " is not in this build of Cay (" + cay.Version + ")", Fix: instead}
+		Message: "this build of Cay (" + cay.Version + ") does not have " + what, Fix: instead}
 }
 
 // errNoSandbox is the one answer for a sandbox that ended, never was, or is

@@ -379,8 +379,8 @@ func TestTimeoutCountsFromReady(t *testing.T) {
 
 func TestConnectWaitsForStart(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fixture) {
-		go func() { f.request("POST", "/v2/sandboxes", `{"templateID":"base"}`) }()
 		f.node.onCreate = func(context.Context, cay.SandboxConfig) error { time.Sleep(3 * time.Second); return nil }
+		go func() { f.request("POST", "/v2/sandboxes", `{"templateID":"base"}`) }()
 		time.Sleep(time.Second)
 		rows, err := f.store.ListSandboxes(t.Context(), store.SandboxFilter{})
 		if err != nil || len(rows) != 1 {
