@@ -57,7 +57,7 @@ const scenarios = {
   },
   'output as it comes': async () => {
     const seen = []
-    await sbx.commands.run('echo one; sleep 0.4; echo two; echo three >&2', {
+    await sbx.commands.run('echo one; sleep 0.4; echo two; sleep 0.2; echo three >&2', {
       onStdout: (d) => { seen.push([Date.now(), d]) },
       onStderr: (d) => { seen.push([Date.now(), d]) },
     })

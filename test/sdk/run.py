@@ -103,7 +103,7 @@ async def stdout_and_stderr():
 async def output_as_it_comes():
     seen = []
     keep = lambda d: seen.append((time.monotonic(), d))
-    await run("echo one; sleep 0.4; echo two; echo three >&2", on_stdout=keep, on_stderr=keep)
+    await run("echo one; sleep 0.4; echo two; sleep 0.2; echo three >&2", on_stdout=keep, on_stderr=keep)
     same("".join(d for _, d in seen), "one\ntwo\nthree\n")
     assert seen[-1][0] - seen[0][0] >= 0.3, "all output came at the end"
 
