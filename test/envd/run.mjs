@@ -26,7 +26,7 @@ const until = async (what, ms, f) => {
   for (;;) {
     const v = await f()
     if (v) return v
-    assert.ok(Date.now() < end, `not within ${ms} ms: ${what}`)
+    assert.ok(Date.now() < end, `not within ${ms} ms: ${typeof what === 'function' ? what() : what}`)
     await new Promise((r) => setTimeout(r, 30))
   }
 }
@@ -61,7 +61,7 @@ const terminal = async (opts = {}) => {
   t.handle = await sbx.pty.create({ cols: 80, rows: 24, timeoutMs: 60_000, ...opts, onData: t.take })
   t.pid = t.handle.pid
   t.type = (s) => sbx.pty.sendInput(t.pid, text.encode(s))
-  t.says = (s, ms = 10_000) => until(`the terminal says ${JSON.stringify(s)}, but ${JSON.stringify(t.out)}`, ms, () => t.out.includes(s))
+  t.says = (s, ms = 10_000) => until(() => `the terminal says ${JSON.stringify(s)}, but ${JSON.stringify(t.out)}`, ms, () => t.out.includes(s))
   return t
 }
 
@@ -134,6 +134,7 @@ const scenarios = {
   'pty jobs': async () => {
     const t = await terminal()
     await t.type('cat\n')
+    await t.says('\x1b[?2004l') // bash has given the terminal to cat
     await t.type('through-cat\n')
     await t.says('through-cat\r\nthrough-cat')
     await t.type('\x03')
@@ -241,7 +242,7 @@ const scenarios = {
     await sbx.files.makeDir('/tmp/w')
     const seen = []
     const h = await sbx.files.watchDir('/tmp/w', (e) => { seen.push(e) }, { timeoutMs: 0, includeEntry: true })
-    const has = (type, name) => until(`${type} ${name}, but ${JSON.stringify(seen)}`, 5000, () => seen.find((e) => e.type === type && e.name === name))
+    const has = (type, name) => until(() => `${type} ${name}, but ${JSON.stringify(seen)}`, 5000, () => seen.find((e) => e.type === type && e.name === name))
     await sbx.files.write('/tmp/w/a', 'x')
     assert.equal((await has('create', 'a')).entry?.path, '/tmp/w/a')
     assert.equal((await has('write', 'a')).entry?.size, 1)
@@ -267,7 +268,7 @@ const scenarios = {
     const h = await sbx.files.watchDir('/tmp/wr', (e) => { seen.add(`${e.type} ${e.name}`) }, { recursive: true, timeoutMs: 0, onExit: (e) => { exit = e } })
     await run('mkdir -p /tmp/wr/new/er/est && touch /tmp/wr/new/er/est/leaf /tmp/wr/old/leaf && mv /tmp/wr/new /tmp/wr/moved && touch /tmp/wr/moved/er/later')
     for (const e of ['create new', 'create new/er/est/leaf', 'create old/leaf', 'rename new', 'create moved', 'create moved/er/later']) {
-      await until(`${e}, but ${[...seen]}`, 5000, () => seen.has(e))
+      await until(() => `${e}, but ${[...seen]}`, 5000, () => seen.has(e))
     }
     assert.equal(exit, 'none')
     await h.stop()

@@ -65,7 +65,7 @@ async def until(what, seconds, f):
             v = await v
         if v:
             return v
-        assert time.monotonic() < end, f"not within {seconds} s: {what()if callable(what) else what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what() if callable(what) else what}"
         await asyncio.sleep(0.03)
 
 
@@ -168,12 +168,9 @@ async def close_stdin():
     if MODE == "sync":
         await do(S.commands.stream_input, h.pid, ("y" * 1000 for _ in range(50)))
     else:
-
-        async def pieces():
+        async with S.commands.stream_input(h.pid) as stream:
             for _ in range(50):
-                yield "y" * 1000
-
-        await S.commands.stream_input(h.pid, pieces())
+                await stream.send("y" * 1000)
     await do(S.commands.close_stdin, h.pid)
     same((await do(h.wait)).stdout, "50000\n")
 
@@ -258,6 +255,7 @@ async def pty_resize():
 async def pty_jobs():
     t = await Terminal.open()
     await t.type("cat\n")
+    await t.says("\x1b[?2004l")  # bash has given the terminal to cat
     await t.type("through-cat\n")
     await t.says("through-cat\r\nthrough-cat")
     await t.type("\x03")
