@@ -120,7 +120,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if err != nil {
 		err = errors.Join(fmt.Errorf("waiting for requests under way: %w", err), srv.Close())
 	}
-	<-served // http.ErrServerClosed, as Shutdown was called
+	_ = <-served // http.ErrServerClosed, as Shutdown was called
 	return err
 }
 

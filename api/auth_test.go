@@ -283,7 +283,7 @@ func TestTemplates(t *testing.T) {
 	}
 
 	var one gen.TemplateWithBuilds
-	for _, ref := range []string{"own", "one%2Fown", "one%2Fown%3Adefault", string(names["one/own"].TemplateID), "OWN"} {
+	for _, ref := range []string{"own", "one%2Fown", "one%2Fown%3Adefault", names["one/own"].TemplateID, "OWN"} {
 		f.want(200, f.request("GET", "/templates/"+ref, "")).decode(t, &one)
 		if one.Names[0] != "one/own" || len(one.Builds) != 1 || one.Builds[0].BuildID != names["one/own"].BuildID {
 			t.Errorf("%s: %+v", ref, one)

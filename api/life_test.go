@@ -368,7 +368,7 @@ func TestTimeoutCountsFromReady(t *testing.T) {
 		f.node.onCreate = func(context.Context, cay.SandboxConfig) error { time.Sleep(20 * time.Second); return nil }
 		id := f.create(`{"templateID":"base","timeout":30}`)
 		rec := f.record(id)
-		if left := rec.Deadline.Sub(time.Now()); left.Round(time.Second) != 30*time.Second {
+		if left := time.Until(rec.Deadline); left.Round(time.Second) != 30*time.Second {
 			t.Errorf("%v left", left)
 		}
 		if got := f.node.live[id].Deadline; !got.Equal(rec.Deadline) {

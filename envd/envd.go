@@ -145,7 +145,7 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 	if s.cfg.Cgroup != "" {
 		s.procs.openCgroup(s.cfg.Cgroup)
 	}
-	go s.envdDigest() // hashing takes longer than the node's first question; it ends by itself
+	go func() { _, _ = s.envdDigest() }() // hashing takes longer than the node's first question; it ends by itself
 
 	servers := []*http.Server{s.httpServer(s.Public()), s.httpServer(s.Control())}
 	var wg sync.WaitGroup

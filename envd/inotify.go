@@ -212,7 +212,7 @@ func (w *watcher) sync() {
 	if !open {
 		return
 	}
-	conn.Control(func(fd uintptr) { // fails only for a closed one
+	_ = conn.Control(func(fd uintptr) { // fails only for a closed one
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.drain(int(fd))

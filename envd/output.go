@@ -156,7 +156,7 @@ const defaultCapacity = 64 << 10
 // capacity is how much can be on its way.
 func (s source) capacity() int {
 	n := 0
-	s.rc.Control(func(fd uintptr) { n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0) })
+	_ = s.rc.Control(func(fd uintptr) { n, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0) })
 	return max(n, defaultCapacity)
 }
 
@@ -281,8 +281,8 @@ func (p *process) follow(ps *processes) {
 	}
 	if p.pty != nil {
 		// gVisor sends no hang-up when a terminal loses its shell.
-		signalSession(p.pid, unix.SIGHUP)
-		signalSession(p.pid, unix.SIGCONT)
+		_ = signalSession(p.pid, unix.SIGHUP)
+		_ = signalSession(p.pid, unix.SIGCONT)
 	}
 	now := time.Now()
 	p.mu.Lock()
@@ -354,7 +354,7 @@ func endEvent(st syscall.WaitStatus, err error) *pb.ProcessEvent_EndEvent {
 }
 
 // kill ends the whole session.
-func (p *process) kill() { signalSession(p.pid, unix.SIGKILL) }
+func (p *process) kill() { _ = signalSession(p.pid, unix.SIGKILL) }
 
 // closeFiles gives up a process that did not start.
 func (p *process) closeFiles() {

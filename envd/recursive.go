@@ -140,7 +140,7 @@ func (w *watcher) enter(fd, dir int, name string, how scan) {
 // flush stops watching directories that have left the tree.
 func (w *watcher) flush(fd int) {
 	for wd := range w.leaving {
-		unix.InotifyRmWatch(fd, uint32(wd)) // gone already, if it fails
+		_, _ = unix.InotifyRmWatch(fd, uint32(wd)) // gone already, if it fails
 		delete(w.dirs, wd)
 	}
 	clear(w.leaving)

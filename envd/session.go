@@ -26,7 +26,7 @@ func signalSession(sid uint32, sig syscall.Signal) error {
 		if n, serr := sweep(int(sid), sig); serr != nil || n == 0 || sig != unix.SIGKILL {
 			break
 		}
-		unix.Kill(-int(sid), sig) // those of the first group that were born since
+		_ = unix.Kill(-int(sid), sig) // those of the first group that were born since
 	}
 	return err
 }

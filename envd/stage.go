@@ -364,15 +364,15 @@ func (t *staged) copyBack() error {
 func (t *staged) discard() {
 	if t.tmp != "" || t.made {
 		// Best effort: the account may have lost its rights since.
-		t.u.do(func() error {
+		_ = t.u.do(func() error {
 			if t.tmp != "" {
-				unix.Unlinkat(t.at.dir, t.tmp, 0)
+				_ = unix.Unlinkat(t.at.dir, t.tmp, 0)
 			}
 			if t.made && t.old >= 0 && t.at.dir >= 0 {
 				mine, err1 := fstat(t.old)
 				there, err2 := t.at.lstat()
 				if errors.Join(err1, err2) == nil && sameFile(&mine, &there) && there.Size == 0 {
-					unix.Unlinkat(t.at.dir, t.at.name, 0)
+					_ = unix.Unlinkat(t.at.dir, t.at.name, 0)
 				}
 			}
 			return nil

@@ -200,10 +200,11 @@ func (ps *processes) start(c command) (p *process, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("making the standard input: %w", err)
 		}
-		// A program that opens /dev/stdout again needs the right to its pipe.
+		// A program that opens /dev/stdout again needs the right to its pipe;
+		// most don't.
 		for _, f := range theirs {
 			if f.Name() != os.DevNull {
-				f.Chown(int(c.user.uid), int(c.user.gid))
+				_ = f.Chown(int(c.user.uid), int(c.user.gid))
 			}
 		}
 	}
@@ -237,7 +238,7 @@ func (ps *processes) start(c command) (p *process, err error) {
 		}
 	}
 	// Best effort: the process may be gone, or the kernel may not have it.
-	os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte(oomScore), 0)
+	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte(oomScore), 0)
 	ps.add(p)
 	return p, nil
 }
@@ -269,9 +270,10 @@ func openTerminal(size *pb.PTY_Size, a *user) (master, slave *os.File, err error
 	if err != nil {
 		return master, nil, fmt.Errorf("opening a terminal's other end: %w", err)
 	}
-	// Programs such as gpg and screen open their terminal by name.
-	slave.Chown(int(a.uid), int(a.gid))
-	slave.Chmod(0o620)
+	// Programs such as gpg and screen open their terminal by name; others work
+	// without.
+	_ = slave.Chown(int(a.uid), int(a.gid))
+	_ = slave.Chmod(0o620)
 	return master, slave, nil
 }
 

@@ -218,7 +218,7 @@ func moveAcross(ctx context.Context, src, dst place, st *unix.Stat_t) error {
 		err = renameat(tmp, dst)
 	}
 	if err != nil {
-		removeAll(context.WithoutCancel(ctx), tmp.dir, tmp.name)
+		_ = removeAll(context.WithoutCancel(ctx), tmp.dir, tmp.name) // the first error counts
 		return err
 	}
 	if err := removeAll(ctx, src.dir, src.name); err != nil {

@@ -48,7 +48,6 @@ type Orchestrator struct {
 	Now func() time.Time
 	Log *slog.Logger
 
-	once      sync.Once
 	records   records
 	snapshots snapshots
 	ends      ends

@@ -159,7 +159,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		_ = srv.Shutdown(wait) // what did not finish in time is cut below
 		cancel()
-		<-failed
+		_ = <-failed // http.ErrServerClosed, as Shutdown was called
 	}
 	_ = srv.Close()
 	s.Close()

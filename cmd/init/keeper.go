@@ -59,7 +59,7 @@ func (k *keeper) once() {
 	k.pause = nextPause(k.pause, lived)
 	say("%s after %s; starting it again in %s (end %d); processes of users go on", why, lived.Round(time.Millisecond), k.pause, k.ends)
 	for until := k.now().Add(k.pause); k.now().Before(until); {
-		reap(unix.WNOHANG)
+		_, _, _ = reap(unix.WNOHANG) // whoever ended: envd did already
 		k.sleep(min(reapEvery, k.pause))
 	}
 }

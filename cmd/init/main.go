@@ -57,7 +57,7 @@ func main() {
 	// A signal to PID 1 has no effect inside a sandbox, whatever it is: the
 	// sandbox is ended from outside. Handlers, unlike ignoring, are not
 	// inherited by children.
-	signal.Notify(make(chan os.Signal))
+	signal.Notify(make(chan os.Signal)) //nolint:staticcheck // SA1017: nobody receives, and nothing shall be kept
 
 	token := os.Getenv(envToken)
 	if !wipe(token) {

@@ -28,7 +28,7 @@ func (c *CLI) templates(cmd *cobra.Command) ([]api.Template, *Client, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	r, err := client.api.ListTemplatesWithResponse(cmd.Context(), &api.ListTemplatesParams{})
+	r, err := client.api.ListTemplatesWithResponse(cmd.Context(), &api.ListTemplatesParams{}) //nolint:staticcheck // SA1019: the one call that gives all of them at once
 	if err != nil {
 		return nil, nil, client.unreachable(err)
 	}

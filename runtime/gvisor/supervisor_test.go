@@ -245,7 +245,6 @@ func TestLimits(t *testing.T) {
 
 	s = m.spec(t, "fork", "2000")
 	s.Limits.PIDs = 50
-	began = time.Now()
 	begin(t, r, s)
 	limit := int(hostPIDs(50, pidMax()))
 	until(t, "the guest is at its limit", func() bool {

@@ -76,11 +76,9 @@ func Script(g *Guest) {
 	case "print":
 		g.Print(strings.Join(args, " "))
 	case "flood":
-		for line := strings.Repeat("x", 1023); len(line) > 0; {
-			for range number(0) / 1024 {
-				g.Print(line)
-			}
-			break
+		line := strings.Repeat("x", 1023)
+		for range number(0) / 1024 {
+			g.Print(line)
 		}
 		every(10*time.Millisecond, func(int) { g.Print("after flood") })
 	case "tick":

@@ -253,7 +253,7 @@ func (p *pools) transact(ctx context.Context, f func(context.Context, *gen.Queri
 	if err != nil {
 		return false, err
 	}
-	defer tx.Rollback() // after a commit it does nothing; a panic of f must not keep the lock
+	defer func() { _ = tx.Rollback() }() // after a commit it does nothing; a panic of f must not keep the lock
 	c := &counted{Tx: tx}
 	if err := f(ctx, gen.New(c)); err != nil {
 		return false, err
