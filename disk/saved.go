@@ -112,6 +112,15 @@ func (d *Disks) Flush(id string) error {
 	return nil
 }
 
+// Usage returns how many bytes a mounted disk holds, and can hold.
+func (d *Disks) Usage(id string) (used, total int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(d.path(disksDir, id, fsName), &st); err != nil {
+		return 0, 0, diskError("measure disk "+id, err)
+	}
+	return int64(st.Blocks-st.Bfree) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+}
+
 // FindSaved returns a saved disk; an unknown one is cay.CodeObjectMissing.
 func (d *Disks) FindSaved(name string) (Saved, error) {
 	if err := checkSavedName(name); err != nil {

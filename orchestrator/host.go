@@ -29,6 +29,9 @@ type Disks interface {
 	// List returns the IDs found on the host, half-made ones included.
 	List(ctx context.Context) ([]string, error)
 
+	// Usage returns how many bytes the guest has written, and may write.
+	Usage(id string) (used, total int64, err error)
+
 	// Flush begins to write back what a disk holds.
 	Flush(id string) error
 	// Save keeps what a disk holds under a name; nothing writes to it meanwhile.

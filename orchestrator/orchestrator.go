@@ -50,6 +50,7 @@ type Orchestrator struct {
 
 	records   records
 	snapshots snapshots
+	meter     meter
 	ends      ends
 	past      past
 	turn      chan struct{} // one token per boot under way
@@ -149,6 +150,7 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.open = true
 	o.mu.Unlock()
 	o.wg.Go(func() { o.fill(o.life) })
+	o.wg.Go(func() { o.measureAll(o.life) })
 	return nil
 }
 

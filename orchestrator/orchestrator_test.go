@@ -37,6 +37,7 @@ type world struct {
 	cuts      []cay.ExecutionID
 
 	savedDir string
+	cpu      int64 // grows by a second with every look
 
 	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
@@ -224,7 +225,13 @@ func (e engine) Console(context.Context, runtime.InstanceID) ([]cay.ConsoleLine,
 	return []cay.ConsoleLine{{Text: "init: hello"}, {Text: "init: no such file: /usr/bin/envd"}}, nil
 }
 func (e engine) Stats(context.Context, runtime.InstanceID) (runtime.Stats, error) {
-	return runtime.Stats{}, nil
+	if err := e.err("stats"); err != nil {
+		return runtime.Stats{}, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.cpu += int64(time.Second)
+	return runtime.Stats{CPUNanos: e.cpu, MemoryBytes: 5 << 20, MemoryCached: 1 << 20}, nil
 }
 
 // slots is the network of the world.
@@ -298,6 +305,9 @@ func (d disks) List(context.Context) ([]string, error) {
 
 func (d disks) saved(name string) string { return filepath.Join(d.savedDir, name+".img") }
 func (d disks) Flush(string) error       { return nil }
+func (d disks) Usage(string) (used, total int64, err error) {
+	return 3 << 20, 1 << 30, d.err("usage")
+}
 func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
 	if err := d.err("save"); err != nil {
 		return disk.Saved{}, err
