@@ -12,19 +12,17 @@ import (
 type absentHandlers struct{ *Server }
 
 var (
-	absentAccessTokens     = absent("access tokens", "use API keys")
-	absentBuilds           = absent("building templates over the API", "use the templates there are: GET /v2/templates")
-	absentNodeStatus       = absent("changing the state of a node", "stop the server on it")
-	absentSandboxesMetrics = absent("metrics of sandboxes", "run top or free in them")
-	absentFork             = absent("forking a sandbox", "create another one")
-	absentSandboxMetrics   = absent("metrics of a sandbox", "run top or free in it")
-	absentPause            = absent("pausing a sandbox", "let it run, or kill it")
-	absentResume           = absent("resuming a sandbox", "create a new one")
-	absentSnapshot         = absent("making a snapshot", "create sandboxes from templates")
-	absentSecrets          = absent("secrets", "pass them in envVars")
-	absentTeamMetrics      = absent("metrics of a team", "see GET /v2/sandboxes for what runs now")
-	absentTags             = absent("tagging builds", "name templates without a tag")
-	absentVolumes          = absent("volumes", "copy the files with files.write")
+	absentAccessTokens = absent("access tokens", "use API keys")
+	absentBuilds       = absent("building templates over the API", "use the templates there are: GET /v2/templates")
+	absentNodeStatus   = absent("changing the state of a node", "stop the server on it")
+	absentFork         = absent("forking a sandbox", "create another one")
+	absentPause        = absent("pausing a sandbox", "let it run, or kill it")
+	absentResume       = absent("resuming a sandbox", "create a new one")
+	absentSnapshot     = absent("making a snapshot", "create sandboxes from templates")
+	absentSecrets      = absent("secrets", "pass them in envVars")
+	absentTeamMetrics  = absent("metrics of a team", "see GET /v2/sandboxes for what runs now")
+	absentTags         = absent("tagging builds", "name templates without a tag")
+	absentVolumes      = absent("volumes", "copy the files with files.write")
 )
 
 // CreateAccessToken implements the generated interface.
@@ -53,19 +51,9 @@ func (absentHandlers) SetNodeStatus(context.Context, gen.SetNodeStatusRequestObj
 	return nil, absentNodeStatus
 }
 
-// ListSandboxMetrics implements the generated interface.
-func (absentHandlers) ListSandboxMetrics(context.Context, gen.ListSandboxMetricsRequestObject) (gen.ListSandboxMetricsResponseObject, error) {
-	return nil, absentSandboxesMetrics
-}
-
 // ForkSandbox implements the generated interface.
 func (absentHandlers) ForkSandbox(context.Context, gen.ForkSandboxRequestObject) (gen.ForkSandboxResponseObject, error) {
 	return nil, absentFork
-}
-
-// SandboxMetrics implements the generated interface.
-func (absentHandlers) SandboxMetrics(context.Context, gen.SandboxMetricsRequestObject) (gen.SandboxMetricsResponseObject, error) {
-	return nil, absentSandboxMetrics
 }
 
 // PauseSandbox implements the generated interface.

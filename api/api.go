@@ -26,6 +26,8 @@ import (
 type Server struct {
 	Store store.Store
 	Node  cay.Node
+	// Metrics measures sandboxes; nil answers that this is not there.
+	Metrics cay.Metrics
 	// Domain is told to clients as the domain of sandbox host names; empty
 	// leaves them with their own.
 	Domain string
