@@ -4,12 +4,16 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"connectrpc.com/connect"
 )
 
 // Whatever a client sends, the result is an absolute, clean path that the
@@ -176,6 +180,66 @@ func FuzzAcceptedEncoding(f *testing.F) {
 			}
 		default:
 			t.Fatalf("%q: %q", s, enc)
+		}
+	})
+}
+
+func FuzzParseStat(f *testing.F) {
+	f.Add("12 (a) S 1 5 7 0 -1")
+	f.Fuzz(func(t *testing.T, s string) {
+		st, ok := parseStat(s)
+		if again, ok2 := parseStat("1 (" + s + ") S 1 2 3"); !ok2 || again.session != 3 {
+			t.Errorf("a name %q hides the rest: %v", s, again)
+		}
+		if ok && st.state == 0 {
+			t.Error("no state")
+		}
+	})
+}
+
+func FuzzKeepalive(f *testing.F) {
+	f.Add("50")
+	f.Fuzz(func(t *testing.T, s string) {
+		h := http.Header{headerKeepalive: {s}}
+		if d := keepalive(h); d < time.Second || d > maxKeepalive {
+			t.Errorf("%q: %v", s, d)
+		}
+	})
+}
+
+func FuzzBasicUser(f *testing.F) {
+	f.Add("Basic dXNlcjo=")
+	f.Add("basic Og==")
+	f.Fuzz(func(t *testing.T, s string) {
+		name, ok := basicUser(http.Header{"Authorization": {s}})
+		if ok && (name == "" || strings.Contains(name, ":")) {
+			t.Errorf("%q gives %q", s, name)
+		}
+		r := http.Request{Header: http.Header{}}
+		if !strings.Contains(s, ":") && s != "" {
+			r.SetBasicAuth(s, "password")
+			if got, ok := basicUser(r.Header); !ok || got != s {
+				t.Errorf("user %q comes back as %q", s, got)
+			}
+		}
+	})
+}
+
+func FuzzAccounts(f *testing.F) {
+	f.Add("root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/bash\n", "root:x:0:\nteam:x:7:user, root\n", "user")
+	f.Add("a:x:4294967295:0::/:\n", "a:::\n", "a")
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, passwd, group, name string) {
+		u := &users{passwdFile: filepath.Join(dir, "passwd"), groupFile: filepath.Join(dir, "group")}
+		must(t, os.WriteFile(u.passwdFile, []byte(passwd), 0o600))
+		must(t, os.WriteFile(u.groupFile, []byte(group), 0o600))
+		a, err := u.lookup(name)
+		if err != nil {
+			wantCode(t, rpcError(err), connect.CodeUnauthenticated)
+			return
+		}
+		if a.name != name || a.uid == noID || a.gid == noID || slices.Contains(a.groups, noID) || !strings.HasPrefix(a.home, "/") || a.groups[0] != a.gid {
+			t.Errorf("%+v", a)
 		}
 	})
 }
