@@ -54,6 +54,7 @@ var Packages = []Package{
 	{"internal/gen/operator", Generated, "our own REST API for operators, from spec/operator.yaml"},
 	{"internal/gen/sqlite", Generated, "queries of store/sqlite"},
 	{"internal/lint", Internal, "these rules"},
+	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},
 	{"network", Mechanism, "slot, address, namespace and firewall of a sandbox"},
 	{"orchestrator", Service, "one machine's agent: owns its sandboxes from create to kill"},
@@ -64,13 +65,14 @@ var Packages = []Package{
 	{"store", Contract, "the durable record: teams, keys, templates, builds, sandboxes"},
 	{"store/sqlite", Adapter, "the durable record in one SQLite file"},
 	{"store/storetest", Suite, "the proof of store"},
+	{"template", Service, "recipe → image → layers → verified build"},
+	{"templates", Data, "the recipes of the stock templates"},
+	{"test/envd", Test, "the whole contract of the daemon in a sandbox, through the whole program"},
 	{"test/invariant", Test, "reads from the host what a server has on it, and says what is left over"},
 	{"test/isolation", Test, "what a guest may reach, from inside"},
 	{"test/life", Test, "restarts, leaks, limits and error texts of the whole program"},
 	{"test/program", Test, "runs the real binary on a machine of its own"},
 	{"test/sdk", Test, "the official clients, unmodified, against the whole program"},
-	{"template", Service, "recipe → image → layers → verified build"},
-	{"templates", Data, "the recipes of the stock templates"},
 }
 
 // Home says which packages may import a heavy library.
