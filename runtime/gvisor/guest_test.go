@@ -98,7 +98,12 @@ func says(t testing.TB, r *Runtime, id runtime.InstanceID, text string) (string,
 
 func status(t testing.TB, pid int) map[string]string {
 	t.Helper()
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	return statusAt(t, fmt.Sprintf("/proc/%d/status", pid))
+}
+
+func statusAt(t testing.TB, path string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,9 +142,13 @@ func TestConfinement(t *testing.T) {
 			const files = "000000000004001f"
 			want = map[string]string{"NoNewPrivs": "1", "Seccomp": "2", "CapEff": files, "CapPrm": files, "CapBnd": files}
 		}
-		for k, v := range want {
-			if st[k] != v {
-				t.Errorf("%s (%d): %s is %q; want %q", name, p, k, st[k], v)
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p)) // credentials are a thread's
+		for _, task := range tasks {
+			st := statusAt(t, task)
+			for k, v := range want {
+				if st[k] != v {
+					t.Errorf("%s, %s: %s is %q; want %q", name, task, k, st[k], v)
+				}
 			}
 		}
 		t.Logf("%s (%d): Uid %s CapEff %s Seccomp %s NoNewPrivs %s", name, p, st["Uid"], st["CapEff"], st["Seccomp"], st["NoNewPrivs"])
@@ -182,7 +191,7 @@ func TestGuestSees(t *testing.T) {
 	begin(t, r, s)
 	_, lines := says(t, r, s.ID, "look done")
 	for _, want := range []string{
-		"hostname box", "uid 0", "env PATH=/bin,CAY_TEST=1",
+		"hostname box", "uid 0", "env CAY_TEST=1,HOME=/,PATH=/bin",
 		"meminfo MemTotal:         524288 kB",
 		"link eth0 [169.254.0.21/30",
 		"mount none /sys/fs/cgroup cgroup2", "mount none /dev/pts devpts", "mount none /proc proc",

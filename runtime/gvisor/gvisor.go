@@ -21,6 +21,8 @@ import (
 	"gvisor.dev/gvisor/runsc/cmd"
 	"gvisor.dev/gvisor/runsc/cmd/sentry/sentrycmd"
 	"gvisor.dev/gvisor/runsc/cmd/util"
+
+	"github.com/cayhq/cay/internal/prelude"
 )
 
 // arg0Launch is argv[0] of the launcher.
@@ -44,6 +46,9 @@ func Dispatch() {
 		cli.Run(nil, commands(true), []subcommands.Command{})
 	case os.Args[0] == arg0Exe || strings.HasPrefix(name, "runsc"):
 		prepareEngine()
+		if prelude.IsSandbox(os.Args) {
+			os.Args = shortBoot(os.Args)
+		}
 		cli.Run(nil, commands(false), []subcommands.Command{})
 	default:
 		return

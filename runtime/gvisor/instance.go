@@ -17,6 +17,7 @@ import (
 	"gvisor.dev/gvisor/runsc/container"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/prelude"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -44,6 +45,7 @@ type instance struct {
 	gofer   *process
 	console *console
 	killed  bool // Kill was asked for
+	bereft  bool // the gofer was killed before the sentry ended
 	removed bool
 	// guest is PID 1's status as the engine reported it; asked is closed when
 	// the engine has answered or cannot any more, and nil before the start.
@@ -121,7 +123,7 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 	if err != nil {
 		return err
 	}
-	res, err := run.run(ctx, launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, Flags: engineFlags(l, i.sup.DebugDir)})
+	res, err := run.run(ctx, launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, Flags: append(engineFlags(l, i.sup.DebugDir), prelude.Mark)})
 	if err != nil {
 		if tail := tailOf(l.panicLog); tail != "" {
 			err = fmt.Errorf("%w; the engine's last words: %s", err, tail)
@@ -248,6 +250,12 @@ func (i *instance) watch() {
 	i.mu.Unlock()
 	i.watching.Go(func() {
 		_ = gofer.wait()
+		if sentry.alive() { // else it took its gofer along
+			ws, ok := gofer.reap()
+			i.mu.Lock()
+			i.bereft = ok && ws.Signaled()
+			i.mu.Unlock()
+		}
 		_ = sentry.kill() // no effect when it is gone already
 		gofer.reap()
 		i.sup.reaper.disown(gofer.PID)
@@ -283,6 +291,8 @@ func (i *instance) end(ws unix.WaitStatus, reaped bool) {
 	switch guest := i.guest; {
 	case i.killed:
 		e.Reason, e.Code, e.Message = cay.EndRequest, 137, "the instance was killed"
+	case i.bereft: // whatever became of the guest without its files
+		e.Reason, e.Message = cay.EndEngineCrash, "the engine's file server was ended by a signal"
 	case guest != nil:
 		e.Reason, e.Code, e.Message = cay.EndGuestExit, exitCode(*guest), "PID 1 of the guest "+describe(*guest)
 	case oom > 0:

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -108,7 +109,9 @@ func look() {
 	host, _ := os.Hostname()
 	fmt.Println("hostname", host)
 	fmt.Println("uid", os.Getuid())
-	fmt.Println("env", strings.Join(os.Environ(), ","))
+	env := os.Environ()
+	slices.Sort(env) // gVisor hands it on in any order
+	fmt.Println("env", strings.Join(env, ","))
 	mounts, _ := os.ReadFile("/proc/mounts")
 	for line := range strings.Lines(string(mounts)) {
 		fmt.Print("mount ", line)

@@ -1,0 +1,122 @@
+// Package prelude does what an engine process has to do before anything else
+// of it is initialised: it imports next to nothing, so that the language's order
+// of initialisation (dependencies first, then by import path) runs it before
+// nearly every other package of a large program.
+//
+// Two of gVisor's processes begin with a step that needs nothing of gVisor.
+// Taken here it costs a start of the Go runtime, a millisecond; taken where
+// gVisor has it, it costs a start of the whole program, or the synchronisation
+// of all its threads.
+//
+//   - The sandbox drops its capability bounding set, forty system calls on each
+//     thread. Here it has one thread that matters: the one that executes the
+//     program anew, which keeps the set.
+//   - The helper that takes /proc from the sandbox waits for a byte and makes
+//     one system call.
+package prelude
+
+import (
+	"os"
+	"slices"
+	"syscall"
+)
+
+// Mark is a flag of gVisor without an effect: it excludes a command that does
+// not exist from the debug log. A sandbox whose command line has it begins in
+// the short way of this package; every other one as gVisor would by itself.
+const Mark = "--debug-command=!short"
+
+// SelfExe is argv[0] of the helpers of a sandbox that has [Mark]; it is a
+// spelling of /proc/self/exe.
+const SelfExe = "/proc/self/./exe"
+
+func init() {
+	switch args := os.Args; {
+	case IsSandbox(args) && slices.Contains(args, "--setup-root"):
+		trim(args)
+	case slices.Equal(args, []string{SelfExe, "umount", "--sync-fd=3", "/proc"}):
+		os.Exit(umount(3, "/proc"))
+	}
+}
+
+// IsSandbox reports whether a command line is that of a marked sandbox.
+func IsSandbox(args []string) bool {
+	return len(args) > 0 && args[0] == "runsc-sandbox" && slices.Contains(args, Mark)
+}
+
+// The operations of prctl(2) on capabilities.
+const (
+	prCapbsetRead     = 23
+	prCapbsetDrop     = 24
+	prCapAmbient      = 47
+	prCapAmbientLower = 3
+)
+
+// needed are what the sandbox makes its root directory with, and then gives up:
+// CAP_SYS_CHROOT and CAP_SYS_ADMIN. They are rights in its own user namespace.
+var needed = []uintptr{18, 21}
+
+// Trimmed reports whether the process has the empty bounding set that this
+// package gives to marked sandboxes, and so no capability but those it needs
+// for its root directory.
+var Trimmed bool
+
+// trim empties the bounding set and executes the program again, which then has
+// neither that nor the right to change one, and of its ambient capabilities the
+// needed ones. When the set is empty already it notes so and returns. It also
+// returns when something fails: gVisor then does everything.
+func trim(args []string) {
+	trimmed := true
+	for c := uintptr(0); ; c++ {
+		has, err := prctl(prCapbsetRead, c, 0)
+		if err == syscall.EINVAL && c > 0 {
+			break // the kernel knows no more
+		}
+		if err != 0 {
+			return
+		}
+		if has == 0 {
+			continue
+		}
+		trimmed = false
+		if _, err := prctl(prCapbsetDrop, c, 0); err != 0 {
+			return
+		}
+		if !slices.Contains(needed, c) {
+			if _, err := prctl(prCapAmbient, prCapAmbientLower, c); err != 0 {
+				return
+			}
+		}
+	}
+	if trimmed {
+		Trimmed = true
+		return
+	}
+	_ = syscall.Exec("/proc/self/exe", args, os.Environ()) // without success we go on as we are
+}
+
+// prctl is prctl(2), for this thread.
+func prctl(op, a, b uintptr) (uintptr, syscall.Errno) {
+	r, _, err := syscall.RawSyscall6(syscall.SYS_PRCTL, op, a, b, 0, 0, 0)
+	return r, err
+}
+
+// umount takes a mount away when a byte comes from fd, and returns the exit
+// status.
+func umount(fd int, path string) int {
+	var b [1]byte
+	for {
+		n, err := syscall.Read(fd, b[:])
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err != nil || n != 1:
+			return 1
+		}
+		break
+	}
+	if syscall.Unmount(path, syscall.MNT_DETACH) != nil {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,38 @@
+package gvisor
+
+import (
+	"slices"
+
+	_ "gvisor.dev/gvisor/pkg/sentry/seccheck" // for the linkname below
+	"gvisor.dev/gvisor/pkg/sync"
+	"gvisor.dev/gvisor/runsc/specutils"
+
+	"github.com/cayhq/cay/internal/prelude"
+
+	_ "unsafe" // for go:linkname
+)
+
+// seccheckOnce guards gVisor's registration of some eight hundred points that a
+// trace session could ask for.
+//
+//go:linkname seccheckOnce gvisor.dev/gvisor/pkg/sentry/seccheck.initOnce
+var seccheckOnce sync.Once
+
+// shortBoot prepares a sandbox process that goes the short way, and returns its
+// command line.
+//
+// gVisor's own way for a sandbox that runs as nobody is to execute itself a
+// second time, which is how the capabilities it needed for its root directory
+// go from all of its threads. It has another for sandboxes that keep some
+// capabilities: to take them from each thread in place. That one, given an
+// empty list of what to keep, is the short way. Its costly part was done by
+// package prelude.
+func shortBoot(args []string) []string {
+	specutils.ExePath = prelude.SelfExe
+	seccheckOnce.Do(func() {}) // we configure no trace sessions
+	at := slices.Index(args, "boot")
+	if at < 0 || !prelude.Trimmed {
+		return args
+	}
+	return slices.Insert(slices.Clone(args), at+1, "--apply-caps=true")
+}
