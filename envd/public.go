@@ -6,8 +6,11 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
+	filesystempb "github.com/cayhq/cay/internal/gen/envd/filesystem"
 	"github.com/cayhq/cay/internal/gen/envd/filesystem/filesystemconnect"
+	processpb "github.com/cayhq/cay/internal/gen/envd/process"
 	"github.com/cayhq/cay/internal/gen/envd/process/processconnect"
 )
 
@@ -60,9 +63,9 @@ func (s *Server) Public() http.Handler {
 		}
 		noLimit(r)
 		switch {
-		case strings.HasPrefix(path, "/"+processconnect.ProcessName+"/"):
+		case hasMethod(processpb.File_process_process_proto, path):
 			process.ServeHTTP(w, r)
-		case strings.HasPrefix(path, "/"+filesystemconnect.FilesystemName+"/"):
+		case hasMethod(filesystempb.File_filesystem_filesystem_proto, path):
 			filesystem.ServeHTTP(w, r)
 		case path == "/files/compose":
 			if allow(w, r, http.MethodPost) {
@@ -81,6 +84,18 @@ func (s *Server) Public() http.Handler {
 			writeError(w, http.StatusNotFound, "no such route: "+path)
 		}
 	})
+}
+
+// hasMethod reports whether a path, /package.Service/Method, names a method of
+// a file's services.
+func hasMethod(file protoreflect.FileDescriptor, path string) bool {
+	service, method, ok := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	name, ok2 := strings.CutPrefix(service, string(file.Package())+".")
+	if !ok || !ok2 || path == "" || path[0] != '/' {
+		return false
+	}
+	s := file.Services().ByName(protoreflect.Name(name))
+	return s != nil && s.Methods().ByName(protoreflect.Name(method)) != nil
 }
 
 // noLimit gives the timeout 0 the meaning it has for the clients, none.
