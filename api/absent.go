@@ -15,10 +15,6 @@ var (
 	absentAccessTokens = absent("access tokens", "use API keys")
 	absentBuilds       = absent("building templates over the API", "use the templates there are: GET /v2/templates")
 	absentNodeStatus   = absent("changing the state of a node", "stop the server on it")
-	absentFork         = absent("forking a sandbox", "create another one")
-	absentPause        = absent("pausing a sandbox", "let it run, or kill it")
-	absentResume       = absent("resuming a sandbox", "create a new one")
-	absentSnapshot     = absent("making a snapshot", "create sandboxes from templates")
 	absentSecrets      = absent("secrets", "pass them in envVars")
 	absentTeamMetrics  = absent("metrics of a team", "see GET /v2/sandboxes for what runs now")
 	absentTags         = absent("tagging builds", "name templates without a tag")
@@ -28,12 +24,6 @@ var (
 // CreateAccessToken implements the generated interface.
 func (absentHandlers) CreateAccessToken(context.Context, gen.CreateAccessTokenRequestObject) (gen.CreateAccessTokenResponseObject, error) {
 	return nil, absentAccessTokens
-}
-
-// ListSnapshots implements the generated interface. Nothing makes snapshots, so
-// there are none.
-func (absentHandlers) ListSnapshots(context.Context, gen.ListSnapshotsRequestObject) (gen.ListSnapshotsResponseObject, error) {
-	return gen.ListSnapshots200JSONResponse{Body: []gen.SnapshotInfo{}}, nil
 }
 
 // DeleteAccessToken implements the generated interface.
@@ -49,26 +39,6 @@ func (absentHandlers) CancelTeamBuilds(context.Context, gen.CancelTeamBuildsRequ
 // SetNodeStatus implements the generated interface.
 func (absentHandlers) SetNodeStatus(context.Context, gen.SetNodeStatusRequestObject) (gen.SetNodeStatusResponseObject, error) {
 	return nil, absentNodeStatus
-}
-
-// ForkSandbox implements the generated interface.
-func (absentHandlers) ForkSandbox(context.Context, gen.ForkSandboxRequestObject) (gen.ForkSandboxResponseObject, error) {
-	return nil, absentFork
-}
-
-// PauseSandbox implements the generated interface.
-func (absentHandlers) PauseSandbox(context.Context, gen.PauseSandboxRequestObject) (gen.PauseSandboxResponseObject, error) {
-	return nil, absentPause
-}
-
-// ResumeSandbox implements the generated interface.
-func (absentHandlers) ResumeSandbox(context.Context, gen.ResumeSandboxRequestObject) (gen.ResumeSandboxResponseObject, error) {
-	return nil, absentResume
-}
-
-// CreateSnapshot implements the generated interface.
-func (absentHandlers) CreateSnapshot(context.Context, gen.CreateSnapshotRequestObject) (gen.CreateSnapshotResponseObject, error) {
-	return nil, absentSnapshot
 }
 
 // ListSecrets implements the generated interface.

@@ -26,6 +26,8 @@ import (
 type Server struct {
 	Store store.Store
 	Node  cay.Node
+	// Snapshots keeps sandboxes as files; nil is a node that cannot.
+	Snapshots cay.Snapshots
 	// Metrics measures sandboxes; nil answers that this is not there.
 	Metrics cay.Metrics
 	// Domain is told to clients as the domain of sandbox host names; empty
@@ -87,6 +89,7 @@ func (s *Server) init() {
 		}
 		s.touches = make(chan touch, 64)
 		s.life = newLife(s.Store, s.Node, s.Now, s.Log)
+		s.life.snaps, s.life.config, s.life.onTimeout = s.Snapshots, s.config, s.onTimeout
 	})
 }
 

@@ -29,6 +29,16 @@ type options struct {
 	Network    *gen.SandboxNetworkConfig `json:"network,omitempty"`
 	AutoResume bool                      `json:"autoResume,omitempty"`
 	MCP        *gen.Mcp                  `json:"mcp,omitempty"`
+	// AutoPause pauses the sandbox at its deadline, DiskOnly without its
+	// memory.
+	AutoPause bool `json:"autoPause,omitempty"`
+	DiskOnly  bool `json:"diskOnly,omitempty"`
+	// Seconds is the timeout that the creator gave; traffic resumes for as
+	// long.
+	Seconds int32 `json:"seconds,omitempty"`
+	// EnvVars are needed again when the sandbox is started from its disk. They
+	// are told to nobody.
+	EnvVars map[string]string `json:"envVars,omitempty"`
 }
 
 // CreateSandbox implements the generated interface.
@@ -69,7 +79,7 @@ func (s sandboxHandlers) create(ctx context.Context, n gen.NewSandbox, secure bo
 	if err != nil {
 		return gen.Sandbox{}, err
 	}
-	if err := checkLifecycle(n); err != nil {
+	if err := s.checkLifecycle(n); err != nil {
 		return gen.Sandbox{}, err
 	}
 	if err := checkEnv(n.EnvVars); err != nil {
@@ -85,36 +95,29 @@ func (s sandboxHandlers) create(ctx context.Context, n gen.NewSandbox, secure bo
 	if !net.public && !secure {
 		return gen.Sandbox{}, invalid("network.allowPublicTraffic false needs a secure sandbox", "send secure: true too")
 	}
-	tpl, err := s.Store.FindTemplate(ctx, team.ID, ref)
-	if cay.CodeOf(err) == cay.CodeTemplateNotFound {
-		return gen.Sandbox{}, errNoTemplate(n.TemplateID)
-	}
+	src, err := s.source(ctx, team, ref, n.TemplateID)
 	if err != nil {
 		return gen.Sandbox{}, err
 	}
-
-	id := cay.NewSandboxID()
-	cfg := cay.SandboxConfig{ID: id, TeamID: team.ID, Template: tpl.ID, Build: tpl.Current.ID, Resources: tpl.Current.Resources,
-		AllowInternet: net.internet}
-	if n.EnvVars != nil {
-		cfg.EnvVars = *n.EnvVars
-	}
-	if secure {
-		cfg.AccessToken = AccessToken(s.Seed, id)
-	}
-	if !net.public {
-		cfg.TrafficToken = trafficToken(s.Seed, id)
-	}
-	rec := store.Sandbox{ID: id, Team: team.ID, Template: tpl.ID, Alias: tpl.Name, Build: tpl.Current.ID,
-		Resources: tpl.Current.Resources, EnvdVersion: tpl.Current.EnvdVersion,
-		Secure: secure, AllowInternet: n.AllowInternetAccess}
+	rec := store.Sandbox{ID: cay.NewSandboxID(), Team: team.ID, Template: src.template, Alias: src.alias, Build: src.build,
+		Resources: src.resources, EnvdVersion: src.envd, Secure: secure, AllowInternet: n.AllowInternetAccess,
+		Origin: src.snapshot, Parent: src.sandbox}
 	if n.Metadata != nil {
 		rec.Metadata = *n.Metadata
 	}
-	opt := options{Network: n.Network, MCP: n.Mcp, AutoResume: n.AutoResume != nil && n.AutoResume.Enabled}
+	opt := options{Network: n.Network, MCP: n.Mcp, AutoResume: n.AutoResume != nil && n.AutoResume.Enabled,
+		AutoPause: n.AutoPause != nil && *n.AutoPause, DiskOnly: n.AutoPauseMemory != nil && !*n.AutoPauseMemory, Seconds: seconds}
+	if n.EnvVars != nil {
+		opt.EnvVars = *n.EnvVars
+	}
 	if rec.Options, err = json.Marshal(opt); err != nil {
 		return gen.Sandbox{}, fmt.Errorf("encoding the options of a sandbox: %w", err)
 	}
+	cfg, err := s.config(rec)
+	if err != nil {
+		return gen.Sandbox{}, err
+	}
+	cfg.From, cfg.Mode = src.snapshot, cay.StartAuto
 	rec, err = s.life.create(ctx, team, rec, cfg, timeout)
 	if err != nil {
 		s.failed.Add(1)
@@ -122,6 +125,62 @@ func (s sandboxHandlers) create(ctx context.Context, n gen.NewSandbox, secure bo
 	}
 	s.made.Add(1)
 	return s.sandbox(rec), nil
+}
+
+// source is what a sandbox is made of: a template's build, or a snapshot.
+type source struct {
+	template  cay.TemplateID
+	alias     string
+	build     cay.BuildID
+	resources cay.Resources
+	envd      string
+	snapshot  cay.SnapshotID // empty: the build alone
+	sandbox   cay.SandboxID  // whose snapshot it is
+}
+
+// source resolves a reference: templates before snapshots.
+func (s sandboxHandlers) source(ctx context.Context, team cay.Team, ref store.TemplateRef, text string) (source, error) {
+	t, err := s.Store.FindTemplate(ctx, team.ID, ref)
+	if err == nil {
+		return source{template: t.ID, alias: t.Name, build: t.Current.ID, resources: t.Current.Resources, envd: t.Current.EnvdVersion}, nil
+	}
+	if cay.CodeOf(err) != cay.CodeTemplateNotFound {
+		return source{}, err
+	}
+	n, err := s.Store.FindSnapshot(ctx, team.ID, ref)
+	switch cay.CodeOf(err) {
+	case "":
+		return source{template: n.Template, alias: n.Alias, build: n.Build, resources: n.Resources, envd: n.EnvdVersion,
+			snapshot: n.ID, sandbox: n.Sandbox}, nil
+	case cay.CodeNotFound:
+		return source{}, errNoTemplate(text)
+	}
+	return source{}, err
+}
+
+// config is what the node is told of a sandbox on record, but for its deadline
+// and what to start it from.
+func (s *Server) config(rec store.Sandbox) (cay.SandboxConfig, error) {
+	o := s.options(rec)
+	net, err := egress(o.Network, rec.AllowInternet)
+	if err != nil {
+		return cay.SandboxConfig{}, err
+	}
+	cfg := cay.SandboxConfig{ID: rec.ID, TeamID: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources,
+		AllowInternet: net.internet, EnvVars: o.EnvVars}
+	if rec.Secure {
+		cfg.AccessToken = AccessToken(s.Seed, rec.ID)
+	}
+	if !net.public {
+		cfg.TrafficToken = trafficToken(s.Seed, rec.ID)
+	}
+	return cfg, nil
+}
+
+// onTimeout says what becomes of a sandbox at its deadline.
+func (s *Server) onTimeout(rec store.Sandbox) (pause, memory bool) {
+	o := s.options(rec)
+	return o.AutoPause, !o.DiskOnly
 }
 
 // placeError keeps the words that clients look for when a sandbox could not be
@@ -165,8 +224,8 @@ func checkLength(team cay.Team, d time.Duration) error {
 	return nil
 }
 
-// checkLifecycle refuses what a sandbox shall do at its end and can't yet.
-func checkLifecycle(n gen.NewSandbox) error {
+// checkLifecycle refuses what a sandbox cannot do at its end.
+func (s sandboxHandlers) checkLifecycle(n gen.NewSandbox) error {
 	pause := n.AutoPause != nil && *n.AutoPause
 	if n.AutoPauseMemory != nil && !*n.AutoPauseMemory {
 		if !pause {
@@ -176,7 +235,7 @@ func checkLifecycle(n gen.NewSandbox) error {
 			return invalid("autoPauseMemory false cannot be combined with autoResume.enabled", "leave one of the two out")
 		}
 	}
-	if pause {
+	if pause && s.Snapshots == nil {
 		return absent("pausing a sandbox at its end (autoPause)", "leave autoPause out: the sandbox is killed at its end")
 	}
 	return nil

@@ -3,6 +3,8 @@ package api
 import (
 	"container/heap"
 	"context"
+	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -52,6 +54,9 @@ func (c *clock) now() time.Time {
 	return wall.UTC().Truncate(time.Microsecond)
 }
 
+// counting are the states in which a deadline counts, or will in a moment.
+var counting = []cay.SandboxState{cay.StateStarting, cay.StateRunning, cay.StatePausing, cay.StateResuming, cay.StateSnapshotting}
+
 // rebase moves every deadline by a step of the wall clock.
 func (l *life) rebase(step time.Duration) {
 	step = step.Round(time.Microsecond)
@@ -61,18 +66,21 @@ func (l *life) rebase(step time.Duration) {
 	l.wake()
 	ctx, stop := context.WithTimeout(context.Background(), recordTimeout)
 	defer stop()
-	rows, err := l.store.ListSandboxes(ctx, store.SandboxFilter{States: []cay.SandboxState{cay.StateStarting, cay.StateRunning}})
+	rows, err := l.store.ListSandboxes(ctx, store.SandboxFilter{States: counting})
 	if err != nil {
 		l.log.Error("the wall clock was set; reading the deadlines to move them", "step", step, "error", err)
 		return
 	}
 	l.log.Warn("the wall clock was set or the machine slept; every deadline moves with it", "step", step, "sandboxes", len(rows))
 	for _, r := range rows {
-		_, err := l.store.UpdateSandbox(ctx, r.ID, func(s *store.Sandbox) error {
+		_, err := l.update(ctx, r.ID, func(s *store.Sandbox) error {
+			if !slices.Contains(counting, s.State) {
+				return errNotMoved
+			}
 			s.Deadline, s.MaxDeadline = s.Deadline.Add(step), s.MaxDeadline.Add(step)
 			return nil
 		})
-		if err != nil {
+		if err != nil && !errors.Is(err, errNotMoved) {
 			l.log.Error("moving a deadline after the wall clock was set", "sandbox", r.ID, "error", err)
 		}
 	}

@@ -18,7 +18,7 @@ import (
 // HTTP. What is not a [*cay.Error] is a defect: its text goes to the log, not
 // to the client.
 func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
-	e := s.known(r, err)
+	e := s.known(err)
 	status := cay.InfoOf(e.Code).Status
 	switch {
 	case errors.Is(r.Context().Err(), context.Canceled):
@@ -31,7 +31,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // known finds the error that a client may see.
-func (s *Server) known(r *http.Request, err error) *cay.Error {
+func (s *Server) known(err error) *cay.Error {
 	var e *cay.Error
 	var large *http.MaxBytesError
 	switch {
@@ -52,16 +52,31 @@ func (s *Server) known(r *http.Request, err error) *cay.Error {
 		Fix: "look for the request ID in the server's log, and report it"}
 }
 
-// writeFault writes the error body. Message holds everything, because the SDKs
-// show nothing else.
-func writeFault(w http.ResponseWriter, status int, e *cay.Error, id string) {
+// explain is the error body of one result among several.
+func (s *Server) explain(ctx context.Context, err error) gen.Error {
+	e := s.known(err)
+	status := cay.InfoOf(e.Code).Status
+	if status >= http.StatusInternalServerError {
+		s.Log.Error("a part of a request failed", "request", requestID(ctx), "code", e.Code, "error", err)
+	}
+	return fault(status, e, requestID(ctx))
+}
+
+// fault makes the error body. Message holds everything, because the SDKs show
+// nothing else.
+func fault(status int, e *cay.Error, id string) gen.Error {
 	body := gen.Error{Code: int32(status), Message: faultText(e, id)}
 	code, layer := string(e.Code), string(e.Layer)
 	body.ErrorCode, body.Layer, body.RequestID = &code, &layer, &id
 	if e.Fix != "" {
 		body.Fix = &e.Fix
 	}
-	b, err := json.Marshal(body)
+	return body
+}
+
+// writeFault writes the error body.
+func writeFault(w http.ResponseWriter, status int, e *cay.Error, id string) {
+	b, err := json.Marshal(fault(status, e, id))
 	if err != nil { // strings and an int
 		panic(err)
 	}

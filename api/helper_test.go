@@ -42,11 +42,12 @@ type fakeNode struct {
 	kills    []cay.SandboxEnd
 	starting map[cay.SandboxID]context.CancelCauseFunc
 	ends     chan cay.SandboxEnd
+	fakeSnapshots
 }
 
 func newFakeNode() *fakeNode {
 	return &fakeNode{now: time.Now, live: map[cay.SandboxID]cay.NodeSandbox{}, configs: map[cay.SandboxID]cay.SandboxConfig{},
-		starting: map[cay.SandboxID]context.CancelCauseFunc{}, ends: make(chan cay.SandboxEnd, 1000)}
+		starting: map[cay.SandboxID]context.CancelCauseFunc{}, ends: make(chan cay.SandboxEnd, 1000), fakeSnapshots: newFakeSnapshots()}
 }
 
 func (n *fakeNode) Create(ctx context.Context, c cay.SandboxConfig) (cay.NodeSandbox, error) {
@@ -59,6 +60,13 @@ func (n *fakeNode) Create(ctx context.Context, c cay.SandboxConfig) (cay.NodeSan
 	if n.onCreate != nil {
 		err = n.onCreate(ctx, c)
 	}
+	if n.afterCreate != nil {
+		defer func() {
+			if err == nil {
+				n.afterCreate()
+			}
+		}()
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	delete(n.starting, c.ID)
@@ -68,7 +76,14 @@ func (n *fakeNode) Create(ctx context.Context, c cay.SandboxConfig) (cay.NodeSan
 	if err != nil {
 		return cay.NodeSandbox{}, err
 	}
-	s := cay.NodeSandbox{ID: c.ID, ExecutionID: cay.NewExecutionID(), TeamID: c.TeamID, Template: c.Template, Build: c.Build,
+	if _, twice := n.live[c.ID]; twice {
+		return cay.NodeSandbox{}, &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerPlacement, Message: "exists"}
+	}
+	how, err := n.from(c)
+	if err != nil {
+		return cay.NodeSandbox{}, err
+	}
+	s := cay.NodeSandbox{Restored: how.restored, Degraded: how.degraded, ID: c.ID, ExecutionID: cay.NewExecutionID(), TeamID: c.TeamID, Template: c.Template, Build: c.Build,
 		Resources: c.Resources, State: cay.StateRunning, StartedAt: n.now(), Deadline: c.Deadline, EnvdVersion: "0.6.13",
 		Host: cay.SandboxOnHost{Runtime: "fake", Address: "10.0.0.2"}}
 	n.live[c.ID] = s
@@ -87,11 +102,12 @@ func (n *fakeNode) Kill(ctx context.Context, id cay.SandboxID, reason cay.EndRea
 		cancel(errKilledInStart)
 		return nil
 	}
-	if _, ok := n.live[id]; !ok {
+	s, ok := n.live[id]
+	if !ok {
 		return &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerRuntime, Message: "not here"}
 	}
 	delete(n.live, id)
-	e := cay.SandboxEnd{ID: id, Reason: reason, At: n.now()}
+	e := cay.SandboxEnd{ID: id, ExecutionID: s.ExecutionID, Reason: reason, At: n.now()}
 	n.kills = append(n.kills, e)
 	n.ends <- e
 	return nil
@@ -100,9 +116,10 @@ func (n *fakeNode) Kill(ctx context.Context, id cay.SandboxID, reason cay.EndRea
 // die ends a sandbox from inside.
 func (n *fakeNode) die(id cay.SandboxID, reason cay.EndReason, message string) {
 	n.mu.Lock()
+	s := n.live[id]
 	delete(n.live, id)
 	n.mu.Unlock()
-	n.ends <- cay.SandboxEnd{ID: id, Reason: reason, Message: message, At: n.now()}
+	n.ends <- cay.SandboxEnd{ID: id, ExecutionID: s.ExecutionID, Reason: reason, Message: message, At: n.now()}
 }
 
 func (n *fakeNode) SetDeadline(_ context.Context, id cay.SandboxID, t time.Time) error {
@@ -252,7 +269,7 @@ func (f *fixture) publish(team cay.Team, name string, public bool) cay.TemplateI
 
 // serve makes a new server over the same store and node, as a restart does.
 func (f *fixture) serve(now func() time.Time) {
-	f.s = &Server{Store: f.store, Node: f.node, Pepper: testPepper, Seed: testSeed, AdminToken: testAdmin, Now: now,
+	f.s = &Server{Store: f.store, Node: f.node, Snapshots: f.node, Pepper: testPepper, Seed: testSeed, AdminToken: testAdmin, Now: now,
 		Log: slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelWarn}))}
 	f.handler = checked(f.t, f.s.Handler())
 }

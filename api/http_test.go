@@ -66,14 +66,13 @@ func TestEveryRoute(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	absentOps := []string{"TeamMetrics", "TeamMetricsMax", "ListSandboxMetrics", "SandboxMetrics", "PauseSandbox", "ResumeSandbox", "ForkSandbox",
-		"CreateSnapshot", "CreateTemplateV3", "CreateTemplateV2", "GetTemplateFiles", "CreateTemplate", "RebuildTemplate", "StartTemplateBuild",
+	absentOps := []string{"TeamMetrics", "TeamMetricsMax", "ListSandboxMetrics", "SandboxMetrics", "CreateTemplateV3", "CreateTemplateV2", "GetTemplateFiles", "CreateTemplate", "RebuildTemplate", "StartTemplateBuild",
 		"StartTemplateBuildV2", "TemplateBuildStatus", "TemplateBuildLogs", "AssignTemplateTags", "DeleteTemplateTags", "SetNodeStatus",
 		"CancelTeamBuilds", "CreateAccessToken", "DeleteAccessToken", "ListVolumes", "CreateVolume", "GetVolume", "DeleteVolume",
 		"ListSecrets", "CreateSecret", "GetSecret", "UpdateSecret", "DeleteSecret"}
 	fill := strings.NewReplacer("{sandboxID}", sandbox, "{templateID}", "one%2Fown", "{alias}", "one%2Fown", "{teamID}", string(f.team.ID),
 		"{apiKeyID}", string(theirKeys[0].ID), "{buildID}", "aaaaaaaa-0000-4000-8000-000000000001", "{hash}", strings.Repeat("a", 64),
-		"{nodeID}", "local", "{accessTokenID}", "x", "{volumeID}", "v", "{secretID}", "s")
+		"{nodeID}", "local", "{accessTokenID}", "x", "{volumeID}", "v", "{secretID}", "s", "{snapshotID}", "s00000000000000000000")
 	query := map[string]string{"TeamMetricsMax": "?metric=concurrent_sandboxes", "ListSandboxMetrics": "?sandbox_ids=a,b"}
 	n := 0
 	for _, load := range []func() (*openapi3.T, error){gen.GetSpec, operator.GetSpec} {

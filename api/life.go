@@ -17,35 +17,42 @@ import (
 // state it leaves; so two movers never both win. What a move entails on the
 // node may be repeated, and is, until it works.
 //
-//	starting ── create ──▶ running ── kill, deadline ──▶ killing ──▶ ended
-//	    └─ start failed, killed ───────────────────────────┴────────▶
+// DESIGN.md has the states and the rules.
 //
 // Lock order: one of turns, then clock.mu, then mu. None is held while a node
 // is killed or created.
 type life struct {
 	store store.Store
 	node  cay.Node
+	snaps cay.Snapshots // may be nil
 	log   *slog.Logger
 	clock clock
 	began time.Time // wall clock
+	// config makes the node's configuration of a sandbox on record.
+	config func(store.Sandbox) (cay.SandboxConfig, error)
+	// onTimeout says whether a sandbox is paused at its deadline, and whether
+	// with its memory.
+	onTimeout func(store.Sandbox) (pause, memory bool)
 
 	// turns keep the deadlines of one sandbox in the same order in the store,
 	// in the schedule and on the node.
 	turns [64]sync.Mutex
 
 	mu     sync.Mutex
-	starts map[cay.SandboxID]*start // creates of this process
+	ops    map[cay.SandboxID]*op // operations of this process
+	making int                   // how many of them create
 	due    schedule
 	tries  map[cay.SandboxID]int // failed tries to end a sandbox
 	kick   chan struct{}         // wakes whoever waits for the schedule
+	// early are ends of runs that came before the record knew the run.
+	early map[cay.ExecutionID]bool
+	// pins keep the snapshots of operations from being taken for orphans;
+	// orphans are since when those without an owner have been seen.
+	pins    map[cay.SnapshotID]int
+	orphans map[cay.SnapshotID]time.Time
 
-	ends endQueue
-}
-
-// start is a create under way in this process.
-type start struct {
-	cancel context.CancelCauseFunc
-	done   chan struct{} // closed when the outcome is on record, or due
+	ends  endQueue
+	trash chan cay.SnapshotID // to be deleted
 }
 
 // Bounds of what happens away from a request's own time.
@@ -59,7 +66,9 @@ const (
 
 func newLife(st store.Store, node cay.Node, now func() time.Time, log *slog.Logger) *life {
 	l := &life{store: st, node: node, log: log, began: now().Round(0),
-		starts: map[cay.SandboxID]*start{}, tries: map[cay.SandboxID]int{}, kick: make(chan struct{}, 1)}
+		ops: map[cay.SandboxID]*op{}, tries: map[cay.SandboxID]int{}, kick: make(chan struct{}, 1),
+		early: map[cay.ExecutionID]bool{}, pins: map[cay.SnapshotID]int{}, orphans: map[cay.SnapshotID]time.Time{},
+		trash: make(chan cay.SnapshotID, trashSize)}
 	l.clock.init(now)
 	l.clock.rebase = l.rebase
 	l.due.init()
@@ -98,15 +107,14 @@ var (
 func (l *life) create(ctx context.Context, team cay.Team, rec store.Sandbox, cfg cay.SandboxConfig, timeout time.Duration) (store.Sandbox, error) {
 	run, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	st := &start{cancel: cancel, done: make(chan struct{})}
-	l.mu.Lock()
-	l.starts[rec.ID] = st
-	l.mu.Unlock()
+	o, ok := l.begin(rec.ID, cancel)
+	if !ok { // IDs are random
+		return rec, errTransition(rec.ID, cay.StateStarting)
+	}
+	l.count(1)
 	defer func() {
-		l.mu.Lock()
-		delete(l.starts, rec.ID)
-		l.mu.Unlock()
-		close(st.done)
+		l.count(-1)
+		l.done(o)
 	}()
 
 	// Not bound to the client: a record must not be left in doubt.
@@ -148,7 +156,7 @@ func (l *life) markRunning(ctx context.Context, team cay.Team, rec store.Sandbox
 	turn.Lock()
 	defer turn.Unlock()
 	began, told := l.now(), rec.Deadline
-	rec, err := l.store.UpdateSandbox(ctx, rec.ID, func(s *store.Sandbox) error {
+	rec, err := l.update(ctx, rec.ID, func(s *store.Sandbox) error {
 		switch s.State {
 		case cay.StateStarting:
 		case cay.StateKilling:
@@ -157,7 +165,8 @@ func (l *life) markRunning(ctx context.Context, team cay.Team, rec store.Sandbox
 			return &cay.Error{Code: cay.CodeGuestExited, Layer: cay.LayerGuest,
 				Message: "it ended while it started: " + endText(s.EndReason, s.EndMessage), Fix: "try again"}
 		}
-		s.State, s.StartedAt = cay.StateRunning, began
+		s.State, s.StartedAt, s.Execution = cay.StateRunning, began, made.ExecutionID
+		noteDegraded(s, made, began)
 		if made.EnvdVersion != "" {
 			s.EnvdVersion = made.EnvdVersion
 		}
@@ -206,7 +215,7 @@ func (l *life) rollBack(ctx, run context.Context, id cay.SandboxID, created bool
 // that is being killed keeps its reason. What the store refuses is done later.
 func (l *life) mark(ctx context.Context, id cay.SandboxID, to cay.SandboxState, reason cay.EndReason, message string) {
 	now := l.now()
-	_, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded || s.State == to {
 			return errNotMoved
 		}
@@ -239,7 +248,7 @@ func (l *life) kill(ctx context.Context, team cay.TeamID, id cay.SandboxID, reas
 	ctx, stop := detached(ctx, killTimeout)
 	defer stop()
 	now := l.now()
-	rec, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+	rec, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded || team != "" && s.Team != team {
 			return errOver
 		}
@@ -261,22 +270,28 @@ func (l *life) kill(ctx context.Context, team cay.TeamID, id cay.SandboxID, reas
 
 // finish ends a sandbox whose record says killing.
 func (l *life) finish(ctx context.Context, id cay.SandboxID, reason cay.EndReason) error {
-	l.mu.Lock()
-	st := l.starts[id]
-	l.mu.Unlock()
-	if st != nil {
-		st.cancel(errKilledInStart)
-		select {
-		case <-st.done:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+	o := l.underWay(id)
+	if o != nil && o.cancel != nil {
+		o.cancel(errKilledInStart)
+		if err := wait(ctx, o); err != nil {
+			return err
 		}
 	}
 	if err := l.killOnNode(ctx, id, reason); err != nil {
 		return err
 	}
+	// A save ends with its guest. Only then is it known whether it left a
+	// snapshot.
+	if o != nil {
+		if err := wait(ctx, o); err != nil {
+			return err
+		}
+	}
+	if err := l.dropOwn(ctx, id); err != nil {
+		return err
+	}
 	now := l.now()
-	_, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded {
 			return errNotMoved // the node's own report was faster
 		}
@@ -288,6 +303,36 @@ func (l *life) finish(ctx context.Context, id cay.SandboxID, reason cay.EndReaso
 	}
 	l.unplan(id)
 	return nil
+}
+
+func wait(ctx context.Context, o *op) error {
+	select {
+	case <-o.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// dropOwn removes the snapshot that a sandbox consists of, or was being saved
+// as.
+func (l *life) dropOwn(ctx context.Context, id cay.SandboxID) error {
+	rec, err := l.store.FindSandbox(ctx, "", id)
+	if cay.CodeOf(err) == cay.CodeSandboxNotFound || err == nil && (rec.Snapshot == "" || l.pinned(rec.Snapshot)) || l.snaps == nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// The snapshot of a client outlives its sandbox.
+	switch _, err := l.store.FindSnapshot(ctx, rec.Team, store.TemplateRef{Name: string(rec.Snapshot)}); cay.CodeOf(err) {
+	case "":
+		return nil
+	case cay.CodeNotFound:
+		return l.snaps.DeleteSnapshot(ctx, rec.Snapshot)
+	default:
+		return err
+	}
 }
 
 // killOnNode ends a sandbox on the node; one that isn't there is no error.
@@ -308,12 +353,12 @@ func (l *life) setDeadline(ctx context.Context, team cay.TeamID, id cay.SandboxI
 	turn.Lock()
 	defer turn.Unlock()
 	now := l.now()
-	rec, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+	rec, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded || s.Team != team {
 			return errOver
 		}
-		if s.State != cay.StateRunning {
-			return errTransition(id, s.State)
+		if !s.State.Runs() {
+			return errOf(s)
 		}
 		s.Deadline = earlier(f(s, now), s.MaxDeadline)
 		return nil
@@ -347,26 +392,18 @@ func (l *life) tellNode(ctx context.Context, id cay.SandboxID, t time.Time) {
 	}
 }
 
-// awaitStart returns when no create of the sandbox is under way in this
-// process, or ctx ends.
-func (l *life) awaitStart(ctx context.Context, id cay.SandboxID) {
+// count counts the creates of this process.
+func (l *life) count(by int) {
 	l.mu.Lock()
-	st := l.starts[id]
-	l.mu.Unlock()
-	if st == nil {
-		return
-	}
-	select {
-	case <-st.done:
-	case <-ctx.Done():
-	}
+	defer l.mu.Unlock()
+	l.making += by
 }
 
-// startsUnderWay counts the creates of this process.
+// startsUnderWay returns how many creates are under way in this process.
 func (l *life) startsUnderWay() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.starts)
+	return l.making
 }
 
 // detached returns a context that outlives the request, for a bounded time.

@@ -17,9 +17,15 @@ import (
 // defaultLimit is the length of a page when the client doesn't say.
 const defaultLimit = 100
 
+// The states that clients ask for, as the record has them.
+var (
+	runningStates = []cay.SandboxState{cay.StateRunning, cay.StateSnapshotting}
+	pausedStates  = []cay.SandboxState{cay.StatePausing, cay.StatePaused, cay.StateResuming}
+)
+
 // ListSandboxes implements the generated interface.
 func (s sandboxHandlers) ListSandboxes(ctx context.Context, r gen.ListSandboxesRequestObject) (gen.ListSandboxesResponseObject, error) {
-	f := store.SandboxFilter{Team: callerOf(ctx).team.ID, States: []cay.SandboxState{cay.StateRunning}}
+	f := store.SandboxFilter{Team: callerOf(ctx).team.ID, States: runningStates}
 	var err error
 	if f.Metadata, err = parseMetadata(r.Params.Metadata); err != nil {
 		return nil, err
@@ -34,7 +40,7 @@ func (s sandboxHandlers) ListSandboxes(ctx context.Context, r gen.ListSandboxesR
 // ListSandboxesV2 implements the generated interface.
 func (s sandboxHandlers) ListSandboxesV2(ctx context.Context, r gen.ListSandboxesV2RequestObject) (gen.ListSandboxesV2ResponseObject, error) {
 	p := r.Params
-	f := store.SandboxFilter{Team: callerOf(ctx).team.ID, States: []cay.SandboxState{cay.StateRunning},
+	f := store.SandboxFilter{Team: callerOf(ctx).team.ID,
 		Ascending: p.Order != nil && *p.Order == gen.Asc}
 	var err error
 	if f.Metadata, err = parseMetadata(p.Metadata); err != nil {
@@ -47,23 +53,31 @@ func (s sandboxHandlers) ListSandboxesV2(ctx context.Context, r gen.ListSandboxe
 		return nil, err
 	}
 	out := gen.ListSandboxesV2200JSONResponse{Body: []gen.ListedSandbox{}}
-	if len(p.State) > 0 && !slices.Contains(p.State, gen.Running) {
-		return out, nil // only paused ones were asked for, and nothing is paused
+	running := len(p.State) == 0 || slices.Contains(p.State, gen.Running)
+	if running {
+		f.States = append(f.States, runningStates...)
+	}
+	if len(p.State) == 0 || slices.Contains(p.State, gen.Paused) {
+		f.States = append(f.States, pausedStates...)
 	}
 	if p.Template != nil && *p.Template != "" {
 		if f.Template, err = s.templateFilter(ctx, *p.Template); err != nil {
 			return nil, err
 		}
 		if f.Template == "" {
-			out.Headers.XTotalRunning = new(int)
+			if running {
+				out.Headers.XTotalRunning = new(int)
+			}
 			return out, nil
 		}
 	}
-	total, err := s.total(ctx, f)
-	if err != nil {
-		return nil, err
+	if running {
+		total, err := s.total(ctx, f)
+		if err != nil {
+			return nil, err
+		}
+		out.Headers.XTotalRunning = &total
 	}
-	out.Headers.XTotalRunning = &total
 	limit := pageLimit(p.Limit)
 	f.Limit = limit + 1 // one more says whether there is a next page
 	rows, err := s.Store.ListSandboxes(ctx, f)
@@ -80,8 +94,9 @@ func (s sandboxHandlers) ListSandboxesV2(ctx context.Context, r gen.ListSandboxe
 	return out, nil
 }
 
-// total counts the sandboxes that match, over all pages.
+// total counts the running sandboxes that match, over all pages.
 func (s sandboxHandlers) total(ctx context.Context, f store.SandboxFilter) (int, error) {
+	f.States = runningStates
 	if len(f.Metadata) == 0 && f.Template == "" && f.StartedAfter.IsZero() {
 		return s.Store.CountSandboxes(ctx, f.Team, f.States...)
 	}

@@ -116,8 +116,18 @@ func lifeLog(rec store.Sandbox) []gen.SandboxLogEntry {
 		return gen.SandboxLogEntry{Timestamp: at, Level: level, Message: message, Fields: map[string]string{"source": sourceLife}}
 	}
 	all := []gen.SandboxLogEntry{entry(rec.CreatedAt, gen.LogLevelInfo, "sandbox created from template "+cmp.Or(rec.Alias, string(rec.Template)))}
-	if rec.State == cay.StateRunning || rec.StartedAt.After(rec.CreatedAt) {
+	started := func(h store.Happening) bool { return h.Type == cay.EventResumed && h.At.Equal(rec.StartedAt) }
+	if !slices.ContainsFunc(rec.History, started) && (rec.State == cay.StateRunning || rec.StartedAt.After(rec.CreatedAt)) {
 		all = append(all, entry(rec.StartedAt, gen.LogLevelInfo, "sandbox runs"))
+	}
+	for _, h := range rec.History {
+		e := entry(h.At, gen.LogLevelInfo, h.Message)
+		switch h.Type {
+		case cay.EventPauseFailed, cay.EventResumeFailed, cay.EventDegraded:
+			e.Level = gen.LogLevelWarn
+		}
+		e.Fields["event"] = string(h.Type)
+		all = append(all, e)
 	}
 	if rec.State == cay.StateEnded {
 		e := entry(rec.EndedAt, gen.LogLevelInfo, "sandbox ended: "+endText(rec.EndReason, rec.EndMessage))

@@ -1,7 +1,9 @@
 package api
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"strings"
 
 	"github.com/cayhq/cay"
@@ -37,7 +39,8 @@ func (s operatorHandlers) Status(ctx context.Context, _ operator.StatusRequestOb
 	}
 	return operator.Status200JSONResponse{Version: cay.Version, Commit: cay.Commit, StartedAt: s.life.began.UTC(), Teams: len(teams),
 		CreateSuccesses: s.made.Load(), CreateFails: s.failed.Load(),
-		Sandboxes: operator.SandboxCounts{Starting: count[cay.StateStarting], Running: count[cay.StateRunning], Killing: count[cay.StateKilling]},
+		Sandboxes: operator.SandboxCounts{Starting: count[cay.StateStarting], Running: count[cay.StateRunning], Pausing: count[cay.StatePausing],
+			Paused: count[cay.StatePaused], Resuming: count[cay.StateResuming], Snapshotting: count[cay.StateSnapshotting], Killing: count[cay.StateKilling]},
 		Node: operator.NodeInfo{Id: string(info.ID), Version: info.Version, Runtime: info.Runtime, RuntimeVersion: info.RuntimeVersion,
 			Cpus: info.CPUs, MemoryBytes: info.MemoryBytes, Sandboxes: info.Sandboxes, PoolReady: info.PoolReady}}, nil
 }
@@ -155,13 +158,78 @@ func record(r store.Sandbox) operator.SandboxRecord {
 		Resources:   operator.Resources{Cpus: r.Resources.CPUs, MemoryMB: r.Resources.MemoryMB, DiskMB: r.Resources.DiskMB},
 		EnvdVersion: r.EnvdVersion, Metadata: meta, Secure: r.Secure,
 		CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, EndAt: r.Deadline, MaxEndAt: r.MaxDeadline,
-		EndedAt: instant(r.EndedAt), EndReason: string(r.EndReason), EndMessage: endText(r.EndReason, r.EndMessage)}
+		EndedAt: instant(r.EndedAt), EndReason: string(r.EndReason), EndMessage: endText(r.EndReason, r.EndMessage),
+		ExecutionID: string(r.Execution), SnapshotID: string(r.Snapshot), PausedAt: instant(r.PausedAt),
+		Origin: string(r.Origin), Parent: string(r.Parent), History: history(r.History)}
+}
+
+func history(all []store.Happening) []operator.Happening {
+	out := make([]operator.Happening, len(all))
+	for i, h := range all {
+		out[i] = operator.Happening{Timestamp: h.At, Type: string(h.Type), Message: h.Message}
+	}
+	return out
+}
+
+// ListSnapshots implements the generated interface.
+func (s operatorHandlers) ListSnapshots(ctx context.Context, _ operator.ListSnapshotsRequestObject) (operator.ListSnapshotsResponseObject, error) {
+	out := operator.ListSnapshots200JSONResponse{}
+	if s.Snapshots == nil {
+		return out, nil
+	}
+	there, err := s.Snapshots.Snapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.Store.ListSandboxes(ctx, store.SandboxFilter{})
+	if err != nil {
+		return nil, err
+	}
+	owner, names := map[cay.SnapshotID]string{}, map[cay.SnapshotID][]string{}
+	for _, r := range rows {
+		owner[r.Snapshot] = "sandbox"
+	}
+	kept, err := s.Store.ListSnapshots(ctx, store.SnapshotFilter{})
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range kept {
+		owner[k.ID] = "client"
+		if k.Name != "" {
+			names[k.ID] = []string{k.Name + ":" + k.Tag}
+		}
+	}
+	slices.SortFunc(there, func(a, b cay.Snapshot) int { return b.CreatedAt.Compare(a.CreatedAt) })
+	for _, n := range there {
+		row := operator.Snapshot{SnapshotID: string(n.ID), SandboxID: string(n.Sandbox), TeamID: string(n.Team), TemplateID: string(n.Template),
+			BuildID: string(n.Build), Names: names[n.ID], Owner: cmp.Or(owner[n.ID], "none"), CreatedAt: n.CreatedAt,
+			Runtime: n.Runtime, RuntimeVersion: n.RuntimeVersion, DiskBytes: n.Disk.SizeBytes}
+		if row.Names == nil {
+			row.Names = []string{}
+		}
+		for _, p := range n.Memory {
+			row.MemoryBytes += p.SizeBytes
+		}
+		out = append(out, row)
+	}
+	return out, nil
+}
+
+// VerifySnapshot implements the generated interface.
+func (s operatorHandlers) VerifySnapshot(ctx context.Context, r operator.VerifySnapshotRequestObject) (operator.VerifySnapshotResponseObject, error) {
+	if s.Snapshots == nil {
+		return nil, absent("snapshots", "use a node that keeps them")
+	}
+	if err := s.Snapshots.VerifySnapshot(ctx, cay.SnapshotID(r.SnapshotID)); err != nil {
+		return nil, err
+	}
+	return operator.VerifySnapshot204Response{}, nil
 }
 
 func onNode(n cay.NodeSandbox) *operator.NodeSandbox {
 	h := n.Host
 	return &operator.NodeSandbox{ExecutionID: string(n.ExecutionID), State: operator.SandboxState(n.State), StartedAt: n.StartedAt,
-		EndAt: n.Deadline, EnvdVersion: n.EnvdVersion, Adopted: n.Adopted,
+		EndAt: n.Deadline, EnvdVersion: n.EnvdVersion, Adopted: n.Adopted, Restored: n.Restored, Degraded: n.Degraded,
 		Host: operator.SandboxOnHost{Runtime: h.Runtime, RuntimeVersion: h.RuntimeVersion, Container: h.Container, Pid: h.PID,
 			Address: h.Address, Netns: h.NetNS, Rootfs: h.RootFS, DiskImage: h.DiskImage}}
 }

@@ -32,6 +32,7 @@ func (l *life) run(ctx context.Context) {
 	wg.Go(func() { l.watch(ctx) })
 	wg.Go(func() { l.recordEnds(ctx) })
 	wg.Go(func() { l.every(ctx, reconcileEvery, "bringing record and node together", l.reconcile) })
+	wg.Go(func() { l.empty(ctx) })
 	wg.Go(func() { l.every(ctx, pruneEvery, "forgetting ended sandboxes", l.prune) })
 	l.evict(ctx)
 }
@@ -137,18 +138,20 @@ func (l *life) settleOnce(ctx context.Context, id cay.SandboxID) error {
 		return l.expire(ctx, id)
 	case cay.StateKilling:
 		return l.finish(ctx, id, rec.EndReason)
+	case cay.StatePausing, cay.StatePaused, cay.StateResuming, cay.StateSnapshotting:
+		return l.settleRun(ctx, id)
 	}
 	return nil
 }
 
 // settleStart ends a sandbox that nobody starts any more.
 func (l *life) settleStart(ctx context.Context, id cay.SandboxID) error {
-	if l.isStarting(id) {
+	if l.underWay(id) != nil {
 		return nil // its creator knows better
 	}
 	now := l.now()
-	rec, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
-		if s.State != cay.StateStarting || l.isStarting(id) {
+	rec, err := l.update(ctx, id, func(s *store.Sandbox) error {
+		if s.State != cay.StateStarting || l.underWay(id) != nil {
 			return errNotMoved
 		}
 		setEnd(s, cay.StateKilling, cay.EndStartFailed, "the server stopped while the sandbox started", now)
@@ -163,40 +166,74 @@ func (l *life) settleStart(ctx context.Context, id cay.SandboxID) error {
 	return l.finish(ctx, id, rec.EndReason)
 }
 
-func (l *life) isStarting(id cay.SandboxID) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.starts[id] != nil
-}
-
-// expire ends a running sandbox if its deadline has passed, and else schedules
-// it. Check and move are one step, so an extension either counts or is refused.
+// expire ends or pauses a running sandbox if its deadline has passed, and else
+// schedules it. Check and move are one step, so an extension either counts or is
+// refused.
 func (l *life) expire(ctx context.Context, id cay.SandboxID) error {
-	turn := l.turn(id)
-	turn.Lock()
-	now := l.now()
-	var deadline time.Time
-	_, err := l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
-		if s.State != cay.StateRunning {
-			return errNotMoved
-		}
-		if deadline = s.Deadline; deadline.After(now) {
-			return errNotDue
+	var pauses, memory bool
+	err := l.ifDue(ctx, id, func(now time.Time, s *store.Sandbox) error {
+		if pauses, memory = l.onTimeout(*s); pauses {
+			return errPauseDue
 		}
 		setEnd(s, cay.StateKilling, cay.EndTimeout, "", now)
 		return nil
 	})
-	if errors.Is(err, errNotDue) {
-		l.plan(id, deadline)
-	}
-	turn.Unlock()
 	switch {
+	case errors.Is(err, errPauseDue):
+		return l.expirePaused(ctx, id, memory)
 	case errors.Is(err, errNotDue), errors.Is(err, errNotMoved), cay.CodeOf(err) == cay.CodeSandboxNotFound:
 		return nil
 	case err != nil:
 		return err
 	}
 	return l.finish(ctx, id, cay.EndTimeout)
+}
+
+// ifDue changes the record of a running sandbox whose deadline has passed, and
+// schedules one whose deadline has not.
+func (l *life) ifDue(ctx context.Context, id cay.SandboxID, change func(time.Time, *store.Sandbox) error) error {
+	turn := l.turn(id)
+	turn.Lock()
+	defer turn.Unlock()
+	now := l.now()
+	var deadline time.Time
+	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
+		if s.State != cay.StateRunning {
+			return errNotMoved
+		}
+		if deadline = s.Deadline; deadline.After(now) {
+			return errNotDue
+		}
+		return change(now, s)
+	})
+	if errors.Is(err, errNotDue) {
+		l.plan(id, deadline)
+	}
+	return err
+}
+
+// errPauseDue says that a deadline asks for a pause. It does not leave the
+// package.
+var errPauseDue = errors.New("the sandbox is to be paused")
+
+// expirePaused pauses a sandbox whose deadline has passed, as its creator asked.
+func (l *life) expirePaused(ctx context.Context, id cay.SandboxID, memory bool) error {
+	var deadline time.Time
+	err := l.pause(ctx, "", id, memory, func(s *store.Sandbox) error {
+		if deadline = s.Deadline; deadline.After(l.now()) {
+			return errNotDue
+		}
+		return nil
+	})
+	switch code := cay.CodeOf(err); {
+	case errors.Is(err, errNotDue):
+		l.plan(id, deadline)
+		return nil
+	case code == cay.CodeSandboxNotFound, code == cay.CodeConflict, code == cay.CodeShuttingDown:
+		return nil // it ended or was paused meanwhile
+	default:
+		return err // in transition: whoever moves it schedules it, and so do we
+	}
 }
 
 // prune forgets sandboxes that ended long ago.
@@ -209,13 +246,19 @@ func (l *life) prune(ctx context.Context) error {
 }
 
 // reconcile brings record and node together: what is on record and not on the
-// node has ended, what is on the node and not on record is removed, and the
-// deadlines on record count.
+// node has ended, what is on the node and not on record is removed, interrupted
+// operations are rolled forward or back, and the deadlines on record count.
 func (l *life) reconcile(ctx context.Context) error {
-	// The node first: a sandbox is on record before it is on the node.
+	// The node first: a sandbox, or a snapshot, is on record before it is there.
 	there, err := l.node.List(ctx)
 	if err != nil {
 		return err
+	}
+	var snaps []cay.Snapshot
+	if l.snaps != nil {
+		if snaps, err = l.snaps.Snapshots(ctx); err != nil {
+			return err
+		}
 	}
 	rows, err := l.store.ListSandboxes(ctx, store.SandboxFilter{})
 	if err != nil {
@@ -235,7 +278,8 @@ func (l *life) reconcile(ctx context.Context) error {
 			missing = append(missing, r.ID)
 		case r.State == cay.StateRunning:
 			l.adopt(ctx, r, n)
-		case r.State == cay.StateStarting && l.isStarting(r.ID):
+		case r.State == cay.StatePaused && !here: // its snapshot is all there is to be
+		case r.State != cay.StateKilling && l.underWay(r.ID) != nil: // in good hands
 		default:
 			l.planIfAbsent(r.ID)
 		}
@@ -246,6 +290,7 @@ func (l *life) reconcile(ctx context.Context) error {
 			errs = append(errs, l.removeOrphan(ctx, n))
 		}
 	}
+	errs = append(errs, l.quarantine(ctx, snaps, rows))
 	return errors.Join(append(errs, l.endLost(ctx, missing))...)
 }
 
@@ -262,12 +307,30 @@ func (l *life) adopt(ctx context.Context, r store.Sandbox, n cay.NodeSandbox) {
 		// only reads it again.
 		l.plan(r.ID, r.Deadline)
 	}
+	if r.Execution != n.ExecutionID {
+		l.learnRun(ctx, r.ID, n.ExecutionID)
+	}
 	if r.Deadline.Sub(n.Deadline).Abs() <= deadlineSlack {
 		return
 	}
 	fresh, err := l.store.FindSandbox(ctx, "", r.ID)
 	if err == nil && fresh.State == cay.StateRunning {
 		l.tellNode(ctx, r.ID, fresh.Deadline)
+	}
+}
+
+// learnRun records which run of a sandbox is under way, for a record of an
+// earlier version of Cay.
+func (l *life) learnRun(ctx context.Context, id cay.SandboxID, e cay.ExecutionID) {
+	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
+		if s.State != cay.StateRunning || s.Execution != "" {
+			return errNotMoved
+		}
+		s.Execution = e
+		return nil
+	})
+	if err != nil && !errors.Is(err, errNotMoved) {
+		l.log.Warn("recording which run of a sandbox is under way", "sandbox", id, "error", err)
 	}
 }
 
@@ -318,7 +381,7 @@ func (l *life) endLost(ctx context.Context, missing []cay.SandboxID) error {
 			continue
 		}
 		now := l.now()
-		_, err = l.store.UpdateSandbox(ctx, id, func(s *store.Sandbox) error {
+		_, err = l.update(ctx, id, func(s *store.Sandbox) error {
 			if s.State != cay.StateRunning {
 				return errNotMoved
 			}

@@ -22,7 +22,7 @@ func (s sandboxHandlers) GetSandbox(ctx context.Context, r gen.GetSandboxRequest
 	if err != nil {
 		return nil, err
 	}
-	if rec.State != cay.StateRunning {
+	if publicState[rec.State] == "" {
 		return nil, errNoSandbox(rec.ID) // half made, or as good as gone
 	}
 	return gen.GetSandbox200JSONResponse(s.detail(rec)), nil
@@ -77,47 +77,6 @@ func (s sandboxHandlers) RefreshSandbox(ctx context.Context, r gen.RefreshSandbo
 	return gen.RefreshSandbox204Response{}, nil
 }
 
-// ConnectSandbox implements the generated interface.
-func (s sandboxHandlers) ConnectSandbox(ctx context.Context, r gen.ConnectSandboxRequestObject) (gen.ConnectSandboxResponseObject, error) {
-	rec, err := s.connect(ctx, r.SandboxID, r.Body.Timeout)
-	if err != nil {
-		return nil, err
-	}
-	return gen.ConnectSandbox200JSONResponse(s.sandbox(rec)), nil
-}
-
-// ConnectSandboxV2 implements the generated interface.
-func (s sandboxHandlers) ConnectSandboxV2(ctx context.Context, r gen.ConnectSandboxV2RequestObject) (gen.ConnectSandboxV2ResponseObject, error) {
-	seconds := int32(defaultTimeoutV2)
-	if r.Body != nil && r.Body.Timeout != nil {
-		seconds = *r.Body.Timeout
-	}
-	rec, err := s.connect(ctx, r.SandboxID, seconds)
-	if err != nil {
-		return nil, err
-	}
-	return gen.ConnectSandboxV2200JSONResponse(s.sandbox(rec)), nil
-}
-
-// connect takes up a running sandbox. Its end is only ever moved later, so that
-// two clients of one sandbox don't shorten each other's time.
-func (s sandboxHandlers) connect(ctx context.Context, ref string, seconds int32) (store.Sandbox, error) {
-	id, err := cay.ParseSandboxID(ref)
-	if err != nil {
-		return store.Sandbox{}, err
-	}
-	d := time.Duration(seconds) * time.Second
-	if err := checkLength(callerOf(ctx).team, d); err != nil {
-		return store.Sandbox{}, err
-	}
-	rec, err := s.extend(ctx, id, d)
-	if cay.CodeOf(err) == cay.CodeSandboxTransition {
-		s.life.awaitStart(ctx, id) // somebody else makes it; it is ready in a moment
-		rec, err = s.extend(ctx, id, d)
-	}
-	return rec, err
-}
-
 // extend makes a running sandbox of the caller live at least d from now on.
 func (s sandboxHandlers) extend(ctx context.Context, id cay.SandboxID, d time.Duration) (store.Sandbox, error) {
 	return s.life.setDeadline(ctx, callerOf(ctx).team.ID, id, func(rec *store.Sandbox, now time.Time) time.Time {
@@ -138,8 +97,8 @@ func (s sandboxHandlers) UpdateSandboxNetwork(ctx context.Context, r gen.UpdateS
 	if rec.State == cay.StateEnded {
 		return nil, errNoSandbox(rec.ID)
 	}
-	if rec.State != cay.StateRunning {
-		return nil, errTransition(rec.ID, rec.State)
+	if !rec.State.Runs() {
+		return nil, errOf(&rec)
 	}
 	has, err := egress(s.options(rec).Network, rec.AllowInternet)
 	if err != nil {
@@ -196,27 +155,45 @@ func (s *Server) sandbox(rec store.Sandbox) gen.Sandbox {
 	return out
 }
 
-// detail is the full view of a running sandbox.
+// publicState is what clients are told of the states; what is missing they are
+// not told of.
+var publicState = map[cay.SandboxState]gen.SandboxState{
+	cay.StateRunning: gen.Running, cay.StateSnapshotting: gen.Running,
+	cay.StatePausing: gen.Paused, cay.StatePaused: gen.Paused, cay.StateResuming: gen.Paused,
+}
+
+// endAt is when a sandbox ends or, paused, when it was paused.
+func endAt(rec store.Sandbox) time.Time {
+	if publicState[rec.State] == gen.Paused {
+		return rec.PausedAt
+	}
+	return rec.Deadline
+}
+
+// detail is the full view of a running or paused sandbox.
 func (s *Server) detail(rec store.Sandbox) gen.SandboxDetail {
 	o := s.options(rec)
 	out := gen.SandboxDetail{TemplateID: string(rec.Template), Alias: optional(rec.Alias), SandboxID: string(rec.ID),
-		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: rec.Deadline, EnvdVersion: rec.EnvdVersion,
+		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: endAt(rec), EnvdVersion: rec.EnvdVersion,
 		AllowInternetAccess: rec.AllowInternet, Domain: optional(s.Domain),
 		CpuCount: int32(rec.Resources.CPUs), MemoryMB: int32(rec.Resources.MemoryMB), DiskSizeMB: int32(rec.Resources.DiskMB),
-		Metadata: labels(rec.Metadata), State: gen.Running, Network: o.Network,
+		Metadata: labels(rec.Metadata), State: publicState[rec.State], Network: o.Network,
 		Lifecycle: &gen.SandboxLifecycle{AutoResume: o.AutoResume, OnTimeout: gen.Kill}}
+	if o.AutoPause {
+		out.Lifecycle.OnTimeout = gen.Pause
+	}
 	if rec.Secure {
 		out.EnvdAccessToken = optional(AccessToken(s.Seed, rec.ID).Reveal())
 	}
 	return out
 }
 
-// listed is the view of a running sandbox in a list.
+// listed is the view of a running or paused sandbox in a list.
 func listed(rec store.Sandbox) gen.ListedSandbox {
 	return gen.ListedSandbox{TemplateID: string(rec.Template), Alias: optional(rec.Alias), SandboxID: string(rec.ID),
-		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: rec.Deadline, EnvdVersion: rec.EnvdVersion,
+		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: endAt(rec), EnvdVersion: rec.EnvdVersion,
 		CpuCount: int32(rec.Resources.CPUs), MemoryMB: int32(rec.Resources.MemoryMB), DiskSizeMB: int32(rec.Resources.DiskMB),
-		Metadata: labels(rec.Metadata), State: gen.Running}
+		Metadata: labels(rec.Metadata), State: publicState[rec.State]}
 }
 
 // labels is always an object: clients read it without asking.

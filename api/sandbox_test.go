@@ -165,7 +165,6 @@ func TestCreateRefusals(t *testing.T) {
 		{`{"templateID":"theirs"}`, 404, `template 'theirs' not found`},
 		{`{"templateID":"two/theirs"}`, 404, `template 'two/theirs' not found`},
 		{`{"templateID":"base:nope"}`, 404, `template 'base:nope' not found`},
-		{`{"templateID":"base","autoPause":true}`, 501, `autoPause`},
 		{`{"templateID":"base","autoPauseMemory":false}`, 400, `autoPauseMemory`},
 		{`{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}}`, 400, `autoResume.enabled`},
 		{`{"templateID":"base","volumeMounts":[{"name":"v","path":"/data"}]}`, 501, `volumeMounts`},

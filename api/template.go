@@ -169,9 +169,16 @@ func (s templateHandlers) update(ctx context.Context, ref string, public *bool) 
 	return t, err
 }
 
-// DeleteTemplate implements the generated interface.
+// DeleteTemplate implements the generated interface. Clients delete snapshots
+// by it too.
 func (s templateHandlers) DeleteTemplate(ctx context.Context, r gen.DeleteTemplateRequestObject) (gen.DeleteTemplateResponseObject, error) {
 	t, err := s.findOwn(ctx, r.TemplateID)
+	if cay.CodeOf(err) == cay.CodeTemplateNotFound {
+		err = s.deleteSnapshot(ctx, r.TemplateID)
+		if err == nil {
+			return gen.DeleteTemplate204Response{}, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -182,7 +189,7 @@ func (s templateHandlers) DeleteTemplate(ctx context.Context, r gen.DeleteTempla
 		return nil, errNoTemplate(r.TemplateID)
 	case cay.CodeConflict: // the public contract has 400 for it
 		return nil, &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerTemplate,
-			Message: "the template '" + r.TemplateID + "' has sandboxes that run", Fix: "kill them first; see `cay sandbox list`", Err: err}
+			Message: "the template '" + r.TemplateID + "' has sandboxes that run or are paused, or snapshots", Fix: "remove them first; see `cay sandbox list` and `cay snapshot list`", Err: err}
 	default:
 		return nil, err
 	}

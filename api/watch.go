@@ -91,14 +91,38 @@ func (l *life) recordEnd(ctx context.Context, e cay.SandboxEnd) error {
 	if at.IsZero() {
 		at = l.now()
 	}
-	_, err := l.store.UpdateSandbox(ctx, e.ID, func(s *store.Sandbox) error {
-		if s.State == cay.StateEnded || s.State == cay.StateStarting && e.Reason == cay.EndStartFailed {
-			return errNotMoved // a start that failed is recorded by whoever began it
+	intent := false
+	_, err := l.update(ctx, e.ID, func(s *store.Sandbox) error {
+		switch {
+		case s.State == cay.StateEnded, s.State == cay.StatePaused:
+			return errNotMoved
+		case s.State == cay.StateStarting && e.Reason == cay.EndStartFailed:
+			return errNotMoved // recorded by whoever began it
+		case s.State == cay.StateResuming:
+			// Which run this is of cannot be told yet.
+			if e.Reason != cay.EndPaused && e.Reason != cay.EndStartFailed {
+				l.noteEarly(e.ExecutionID)
+			}
+			return errNotMoved
+		case e.ExecutionID != "" && s.Execution != "" && e.ExecutionID != s.Execution:
+			return errNotMoved // an earlier run
+		case e.Reason == cay.EndPaused && s.State == cay.StatePausing && e.Snapshot == s.Snapshot:
+			toPaused(s, at)
+			return nil
+		case e.Reason == cay.EndPaused && s.State == cay.StateRunning && e.Snapshot != "":
+			// The intent is not on record, as after a restored backup; what
+			// the node says is what there is.
+			s.State, s.Snapshot, s.SnapshotMemory, s.PausedAt, intent = cay.StatePausing, e.Snapshot, true, at, true
+			return nil
+		case e.Reason == cay.EndPaused:
+			return errNotMoved // a kill was faster
 		}
 		setEnd(s, cay.StateEnded, e.Reason, e.Message, at)
 		return nil
 	})
 	switch {
+	case err == nil && intent:
+		return l.recordEnd(ctx, e)
 	case err == nil:
 		l.unplan(e.ID)
 		return nil
@@ -106,4 +130,26 @@ func (l *life) recordEnd(ctx context.Context, e cay.SandboxEnd) error {
 		return nil // a sandbox of a template's verification has no record
 	}
 	return err
+}
+
+// maxEarly bounds what is remembered of ends that came too early; a resume takes
+// them up within a minute.
+const maxEarly = 1000
+
+func (l *life) noteEarly(e cay.ExecutionID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.early) >= maxEarly {
+		clear(l.early)
+	}
+	l.early[e] = true
+}
+
+// endedEarly reports whether a run ended before it was on record.
+func (l *life) endedEarly(e cay.ExecutionID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.early[e]
+	delete(l.early, e)
+	return was
 }

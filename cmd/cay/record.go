@@ -69,9 +69,12 @@ func ensureTeam(ctx context.Context, st store.Store, c credentials) error {
 	return nil
 }
 
-// endAll records that every live sandbox has ended.
+// endAll records that every sandbox that ran has ended. Paused ones stay, and
+// so do those that were being paused or resumed when the server stopped: the
+// next one finds out whether they are.
 func endAll(ctx context.Context, st store.Store, reason cay.EndReason, message string) error {
-	all, err := st.ListSandboxes(ctx, store.SandboxFilter{})
+	all, err := st.ListSandboxes(ctx, store.SandboxFilter{States: []cay.SandboxState{
+		cay.StateStarting, cay.StateRunning, cay.StateSnapshotting, cay.StateKilling}})
 	if err != nil {
 		return fmt.Errorf("listing the sandboxes on record: %w", err)
 	}
@@ -112,7 +115,7 @@ func (r registry) Publish(ctx context.Context, m cay.Manifest) error {
 // newAPI puts the control plane of a server together.
 func newAPI(s *server) *api.Server {
 	return &api.Server{
-		Store: s.store, Node: s.host.orch, Metrics: s.host.orch, Domain: s.cfg.Domain,
+		Store: s.store, Node: s.host.orch, Snapshots: s.host.orch, Metrics: s.host.orch, Domain: s.cfg.Domain,
 		Pepper: cay.Secret(s.creds.Pepper), Seed: cay.Secret(s.creds.Seed), AdminToken: cay.Secret(s.creds.AdminToken),
 		Log: s.log.With("part", "api"),
 	}

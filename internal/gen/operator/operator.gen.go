@@ -25,10 +25,14 @@ import (
 
 // Defines values for SandboxState.
 const (
-	Ended    SandboxState = "ended"
-	Killing  SandboxState = "killing"
-	Running  SandboxState = "running"
-	Starting SandboxState = "starting"
+	Ended        SandboxState = "ended"
+	Killing      SandboxState = "killing"
+	Paused       SandboxState = "paused"
+	Pausing      SandboxState = "pausing"
+	Resuming     SandboxState = "resuming"
+	Running      SandboxState = "running"
+	Snapshotting SandboxState = "snapshotting"
+	Starting     SandboxState = "starting"
 )
 
 // Valid indicates whether the value is a known member of the SandboxState enum.
@@ -38,7 +42,15 @@ func (e SandboxState) Valid() bool {
 		return true
 	case Killing:
 		return true
+	case Paused:
+		return true
+	case Pausing:
+		return true
+	case Resuming:
+		return true
 	case Running:
+		return true
+	case Snapshotting:
 		return true
 	case Starting:
 		return true
@@ -74,6 +86,15 @@ type Error struct {
 	RequestID *string `json:"requestID,omitempty"`
 }
 
+// Happening Something that became of a sandbox.
+type Happening struct {
+	Message   string    `json:"message"`
+	Timestamp time.Time `json:"timestamp"`
+
+	// Type Such as sandbox.paused or sandbox.restore_degraded.
+	Type string `json:"type"`
+}
+
 // NodeInfo A machine that runs sandboxes.
 type NodeInfo struct {
 	Cpus        int    `json:"cpus"`
@@ -97,7 +118,10 @@ type NodeInfo struct {
 // NodeSandbox A sandbox as its machine sees it.
 type NodeSandbox struct {
 	// Adopted It survived a restart of the server.
-	Adopted     bool      `json:"adopted"`
+	Adopted bool `json:"adopted"`
+
+	// Degraded Why its memory could not be restored, if that was wished for.
+	Degraded    string    `json:"degraded"`
 	EndAt       time.Time `json:"endAt"`
 	EnvdVersion string    `json:"envdVersion"`
 
@@ -105,8 +129,11 @@ type NodeSandbox struct {
 	ExecutionID string `json:"executionID"`
 
 	// Host The host objects of a sandbox.
-	Host      SandboxOnHost `json:"host"`
-	StartedAt time.Time     `json:"startedAt"`
+	Host SandboxOnHost `json:"host"`
+
+	// Restored Its memory is that of a snapshot.
+	Restored  bool      `json:"restored"`
+	StartedAt time.Time `json:"startedAt"`
 
 	// State Where a sandbox is in its life.
 	State SandboxState `json:"state"`
@@ -121,9 +148,13 @@ type Resources struct {
 
 // SandboxCounts Live sandboxes by state.
 type SandboxCounts struct {
-	Killing  int `json:"killing"`
-	Running  int `json:"running"`
-	Starting int `json:"starting"`
+	Killing      int `json:"killing"`
+	Paused       int `json:"paused"`
+	Pausing      int `json:"pausing"`
+	Resuming     int `json:"resuming"`
+	Running      int `json:"running"`
+	Snapshotting int `json:"snapshotting"`
+	Starting     int `json:"starting"`
 }
 
 // SandboxInspection A sandbox from both sides.
@@ -178,18 +209,34 @@ type SandboxRecord struct {
 	EndedAt     *time.Time `json:"endedAt"`
 	EnvdVersion string     `json:"envdVersion"`
 
+	// ExecutionID The run under way, or the last one.
+	ExecutionID string      `json:"executionID"`
+	History     []Happening `json:"history"`
+
 	// MaxEndAt The latest end that the team's limits allow.
 	MaxEndAt time.Time         `json:"maxEndAt"`
 	Metadata map[string]string `json:"metadata"`
 	NodeID   string            `json:"nodeID"`
+
+	// Origin The snapshot it was first made from; empty if none.
+	Origin string `json:"origin"`
+
+	// Parent The sandbox that snapshot was of.
+	Parent string `json:"parent"`
+
+	// PausedAt When it was paused.
+	PausedAt *time.Time `json:"pausedAt"`
 
 	// Resources Limits of a sandbox.
 	Resources Resources `json:"resources"`
 	SandboxID string    `json:"sandboxID"`
 
 	// Secure envd asks for a token.
-	Secure    bool      `json:"secure"`
-	StartedAt time.Time `json:"startedAt"`
+	Secure bool `json:"secure"`
+
+	// SnapshotID What a paused sandbox consists of; also what is in the making.
+	SnapshotID string    `json:"snapshotID"`
+	StartedAt  time.Time `json:"startedAt"`
 
 	// State Where a sandbox is in its life.
 	State      SandboxState `json:"state"`
@@ -199,6 +246,30 @@ type SandboxRecord struct {
 
 // SandboxState Where a sandbox is in its life.
 type SandboxState string
+
+// Snapshot A snapshot on the machine, and whose it is.
+type Snapshot struct {
+	BuildID   string    `json:"buildID"`
+	CreatedAt time.Time `json:"createdAt"`
+	DiskBytes int64     `json:"diskBytes"`
+
+	// MemoryBytes 0 without the memory.
+	MemoryBytes int64    `json:"memoryBytes"`
+	Names       []string `json:"names"`
+
+	// Owner sandbox: a paused sandbox consists of it; client: a client asked for it; none: it is in quarantine.
+	Owner string `json:"owner"`
+
+	// Runtime The engine that wrote its memory.
+	Runtime        string `json:"runtime"`
+	RuntimeVersion string `json:"runtimeVersion"`
+
+	// SandboxID The sandbox it is of.
+	SandboxID  string `json:"sandboxID"`
+	SnapshotID string `json:"snapshotID"`
+	TeamID     string `json:"teamID"`
+	TemplateID string `json:"templateID"`
+}
 
 // StartStep One step of a start.
 type StartStep struct {
@@ -242,6 +313,9 @@ type Status struct {
 
 // SandboxID defines model for sandboxID.
 type SandboxID = string
+
+// SnapshotID defines model for snapshotID.
+type SnapshotID = string
 
 // Failure What went wrong, why, and what to do.
 type Failure = Error
@@ -358,6 +432,16 @@ type ClientInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 	TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error)
 
+	// ListSnapshots Every snapshot on the machine.
+	//
+	// Corresponds with GET /operator/v1/snapshots (the `ListSnapshots` operationId).
+	ListSnapshots(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// VerifySnapshot Read a snapshot and compare it with its manifest.
+	//
+	// Corresponds with POST /operator/v1/snapshots/{snapshotID}/verify (the `VerifySnapshot` operationId).
+	VerifySnapshot(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// Status The server, its machine, and how many sandboxes there are.
 	//
 	// Corresponds with GET /operator/v1/status (the `Status` operationId).
@@ -433,6 +517,36 @@ func (c *Client) SandboxConsole(ctx context.Context, sandboxID SandboxID, reqEdi
 // Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 func (c *Client) TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewTraceSandboxRequest(c.Server, sandboxID)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListSnapshots Every snapshot on the machine.
+//
+// Corresponds with GET /operator/v1/snapshots (the `ListSnapshots` operationId).
+func (c *Client) ListSnapshots(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListSnapshotsRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// VerifySnapshot Read a snapshot and compare it with its manifest.
+//
+// Corresponds with POST /operator/v1/snapshots/{snapshotID}/verify (the `VerifySnapshot` operationId).
+func (c *Client) VerifySnapshot(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewVerifySnapshotRequest(c.Server, snapshotID)
 	if err != nil {
 		return nil, err
 	}
@@ -660,6 +774,67 @@ func NewTraceSandboxRequest(server string, sandboxID SandboxID) (*http.Request, 
 	return req, nil
 }
 
+// NewListSnapshotsRequest constructs an http.Request for the ListSnapshots method
+func NewListSnapshotsRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/snapshots")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewVerifySnapshotRequest constructs an http.Request for the VerifySnapshot method
+func NewVerifySnapshotRequest(server string, snapshotID SnapshotID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshotID", snapshotID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/snapshots/%s/verify", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewStatusRequest constructs an http.Request for the Status method
 func NewStatusRequest(server string) (*http.Request, error) {
 	var err error
@@ -769,6 +944,20 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 	TraceSandboxWithResponse(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*TraceSandboxResponse, error)
+
+	// ListSnapshotsWithResponse Every snapshot on the machine.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /operator/v1/snapshots (the `ListSnapshots` operationId).
+	ListSnapshotsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListSnapshotsResponse, error)
+
+	// VerifySnapshotWithResponse Read a snapshot and compare it with its manifest.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /operator/v1/snapshots/{snapshotID}/verify (the `VerifySnapshot` operationId).
+	VerifySnapshotWithResponse(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*VerifySnapshotResponse, error)
 
 	// StatusWithResponse The server, its machine, and how many sandboxes there are.
 	//
@@ -901,6 +1090,54 @@ func (r TraceSandboxResponse) StatusCode() int {
 	return 0
 }
 
+type ListSnapshotsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *[]Snapshot
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r ListSnapshotsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListSnapshotsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+type VerifySnapshotResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r VerifySnapshotResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r VerifySnapshotResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
 type StatusResponse struct {
 	Body         []byte
 	HTTPResponse *http.Response
@@ -993,6 +1230,32 @@ func (c *ClientWithResponses) TraceSandboxWithResponse(ctx context.Context, sand
 		return nil, err
 	}
 	return ParseTraceSandboxResponse(rsp)
+}
+
+// ListSnapshotsWithResponse Every snapshot on the machine.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /operator/v1/snapshots (the `ListSnapshots` operationId).
+func (c *ClientWithResponses) ListSnapshotsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListSnapshotsResponse, error) {
+	rsp, err := c.ListSnapshots(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListSnapshotsResponse(rsp)
+}
+
+// VerifySnapshotWithResponse Read a snapshot and compare it with its manifest.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /operator/v1/snapshots/{snapshotID}/verify (the `VerifySnapshot` operationId).
+func (c *ClientWithResponses) VerifySnapshotWithResponse(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*VerifySnapshotResponse, error) {
+	rsp, err := c.VerifySnapshot(ctx, snapshotID, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseVerifySnapshotResponse(rsp)
 }
 
 // StatusWithResponse The server, its machine, and how many sandboxes there are.
@@ -1169,6 +1432,68 @@ func ParseTraceSandboxResponse(rsp *http.Response) (*TraceSandboxResponse, error
 	return response, nil
 }
 
+// ParseListSnapshotsResponse parses an HTTP response from a ListSnapshotsWithResponse call
+func ParseListSnapshotsResponse(rsp *http.Response) (*ListSnapshotsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListSnapshotsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest []Snapshot
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
+// ParseVerifySnapshotResponse parses an HTTP response from a VerifySnapshotWithResponse call
+func ParseVerifySnapshotResponse(rsp *http.Response) (*VerifySnapshotResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &VerifySnapshotResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case rsp.StatusCode == 204:
+		break // No content-type
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
 // ParseStatusResponse parses an HTTP response from a StatusWithResponse call
 func ParseStatusResponse(rsp *http.Response) (*StatusResponse, error) {
 	bodyBytes, err := io.ReadAll(rsp.Body)
@@ -1219,6 +1544,12 @@ type ServerInterface interface {
 	// TraceSandbox The timed steps of a sandbox's start, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ListSnapshots Every snapshot on the machine.
+	// (GET /operator/v1/snapshots)
+	ListSnapshots(w http.ResponseWriter, r *http.Request)
+	// VerifySnapshot Read a snapshot and compare it with its manifest.
+	// (POST /operator/v1/snapshots/{snapshotID}/verify)
+	VerifySnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID)
 	// Status The server, its machine, and how many sandboxes there are.
 	// (GET /operator/v1/status)
 	Status(w http.ResponseWriter, r *http.Request)
@@ -1255,6 +1586,18 @@ func (_ Unimplemented) SandboxConsole(w http.ResponseWriter, r *http.Request, sa
 // TraceSandbox The timed steps of a sandbox's start, in order.
 // (GET /operator/v1/sandboxes/{sandboxID}/trace)
 func (_ Unimplemented) TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListSnapshots Every snapshot on the machine.
+// (GET /operator/v1/snapshots)
+func (_ Unimplemented) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// VerifySnapshot Read a snapshot and compare it with its manifest.
+// (POST /operator/v1/snapshots/{snapshotID}/verify)
+func (_ Unimplemented) VerifySnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1423,6 +1766,46 @@ func (siw *ServerInterfaceWrapper) TraceSandbox(w http.ResponseWriter, r *http.R
 	handler.ServeHTTP(w, r)
 }
 
+// ListSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListSnapshots(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// VerifySnapshot operation middleware
+func (siw *ServerInterfaceWrapper) VerifySnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshotID" -------------
+	var snapshotID SnapshotID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshotID", chi.URLParam(r, "snapshotID"), &snapshotID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshotID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.VerifySnapshot(w, r, snapshotID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // Status operation middleware
 func (siw *ServerInterfaceWrapper) Status(w http.ResponseWriter, r *http.Request) {
 
@@ -1567,6 +1950,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/console", wrapper.SandboxConsole)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/operator/v1/snapshots", wrapper.ListSnapshots)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/operator/v1/snapshots/{snapshotID}/verify", wrapper.VerifySnapshot)
 	})
 
 	return r
@@ -1763,6 +2152,77 @@ func (response TraceSandboxdefaultJSONResponse) VisitTraceSandboxResponse(w http
 	return err
 }
 
+type ListSnapshotsRequestObject struct {
+}
+
+type ListSnapshotsResponseObject interface {
+	VisitListSnapshotsResponse(w http.ResponseWriter) error
+}
+
+type ListSnapshots200JSONResponse []Snapshot
+
+func (response ListSnapshots200JSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListSnapshotsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListSnapshotsdefaultJSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type VerifySnapshotRequestObject struct {
+	SnapshotID SnapshotID `json:"snapshotID"`
+}
+
+type VerifySnapshotResponseObject interface {
+	VisitVerifySnapshotResponse(w http.ResponseWriter) error
+}
+
+type VerifySnapshot204Response struct {
+}
+
+func (response VerifySnapshot204Response) VisitVerifySnapshotResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type VerifySnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response VerifySnapshotdefaultJSONResponse) VisitVerifySnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type StatusRequestObject struct {
 }
 
@@ -1818,6 +2278,12 @@ type StrictServerInterface interface {
 	// TraceSandbox The timed steps of a sandbox's start, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(ctx context.Context, request TraceSandboxRequestObject) (TraceSandboxResponseObject, error)
+	// ListSnapshots Every snapshot on the machine.
+	// (GET /operator/v1/snapshots)
+	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
+	// VerifySnapshot Read a snapshot and compare it with its manifest.
+	// (POST /operator/v1/snapshots/{snapshotID}/verify)
+	VerifySnapshot(ctx context.Context, request VerifySnapshotRequestObject) (VerifySnapshotResponseObject, error)
 	// Status The server, its machine, and how many sandboxes there are.
 	// (GET /operator/v1/status)
 	Status(ctx context.Context, request StatusRequestObject) (StatusResponseObject, error)
@@ -1992,6 +2458,56 @@ func (sh *strictHandler) TraceSandbox(w http.ResponseWriter, r *http.Request, sa
 	}
 }
 
+// ListSnapshots operation middleware
+func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+	var request ListSnapshotsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListSnapshots(ctx, request.(ListSnapshotsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListSnapshots")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListSnapshotsResponseObject); ok {
+		if err := validResponse.VisitListSnapshotsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// VerifySnapshot operation middleware
+func (sh *strictHandler) VerifySnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID) {
+	var request VerifySnapshotRequestObject
+
+	request.SnapshotID = snapshotID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.VerifySnapshot(ctx, request.(VerifySnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "VerifySnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(VerifySnapshotResponseObject); ok {
+		if err := validResponse.VisitVerifySnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // Status operation middleware
 func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 	var request StatusRequestObject
@@ -2021,48 +2537,57 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFpfb9w2Ev8qhO4Avyhet8ndg/3kpu7VaJMWcXA9IDACrji7Yk2RKofatWD4ux+GpLTcFbW226Z3b4lJ",
-	"zf8/vxnuQ1GZpjUatMPi/KFoueUNOLD+f8i1WJr762/pPwKwsrJ10ujivPhYA4vHJTMrxnXPHPDmtCgL",
-	"SRda7uqiLDRvoDhPKJWFhd86aUEU5852UBZY1dBwYuH61l92Vup18fj4SJexNRrBy/Mdl6qzQP+sjHag",
-	"Hf2Tt62SFSfBFr8iSfeQ0Py7hVVxXvxtsVN0EU5xcWWtsYHPvnZvzs6Yq4GRqICOLS3wO2Sc2U7BBXtz",
-	"9pU/duYONJPIGoko9ZoZy7bW6DVdeUNXLNCxNgy7qh4MdsH+Eekj2A1YtuJSgaA/v07/XHGtjWPCMOmY",
-	"NtvTgiSNwpNub41Go+BHqWHqoUumpAbyDZFckx4nyKrwCbmptaYF62SwrYN7l/FBWTjZADretHS6Mrbh",
-	"rjgvBHfwio6KcuK21MWfku/LwOR2/MIsf4XKEZPgiYkOv9TcsS1oF8xasm3dl4xrwbZ04gwTZqpKZQTk",
-	"I/b7jx9/Zui465A+G7WR2r3+eqeJ1A7WYEkwIME+5yleEqmlAkZBPhh6FWK0ZCtjWcOrWmrAi+hWR9Fg",
-	"WtCnU7OVxUrez5jAK8r40nSOSXfBuELDWm7dwLUBRL6GLFnFe7B5e6QksEcHDXPELwRkllrklLUGUE5W",
-	"4FVvwbQqL1DMqrmyEo9LxtELpsya1RxfqvhBGHoX7sTPBeF7I+Bar0xOt+jJYB7baRySGTATgG2HSS4l",
-	"4SRFNscaaIztv+ld+D6Ny3++ycZla4z6AFz0U2H/RdZDtjTGgWC8Bp56MqFhO+0zOOsF0GupoQyFiyNb",
-	"byQam/dnoPNvsChD+Z1cGY01ZXYzHDGjg0uDqfMyb3ZM9slE7hQXb3k/T2smPKQodsR3ppkoVwbn7rss",
-	"1S91zVyQRZWzORSOmI93HMMOAegP01DjwrQOxJTUtWPY2Y3cUAwwSyU4yXXfYBKrLI1RwLWveFpcuufW",
-	"erq+Ecc8D/dQdSRTPt0lUjaNcg0NknSvDToWDIes4tb20QITHnTzqV4fbf6T/p4uU0iSQeBFulLngGcy",
-	"uvF3D8MstcZALxVlMP++XcvRzVHXXGB9ADSdrXIp9qNsyKAE0wYTv6RoCYl3777Jn4U0yJ8eVuA0cd59",
-	"U4yEc9pEK741XUSmhxptYFeB2bL3XT0Da+6kUuS9rPC203r20Dtl5vRAs/HqjmQ5cj6i3bXGFiqXrWe7",
-	"UrCypmFL42qGUuTajY7ohCv106o4/3Q8PtMC9Hh7iHzfd0qxbU2wlpAnEHj1DY/Y6k4pAjwDcp/oZaEy",
-	"VjwzQz6Ey4fGjDTKoNYR68VUznavvdpxPO65EBYQc8iL4LsbqFngVQ24Q9PZUkRzCZd6DnCFrnqCATIS",
-	"TpopaZQa100WaH0nVcQhtVECIxQepCKk7PK4S4PTGT3fg9sae+dFwpZX+zNDllIrxRP6tdZUgDgDPIxx",
-	"q4wk7yjbg2oS98YW+uIY9si2nidxyWHkHWn6o1uD8uUYNoNZR61S3x2J3g9jquRGHu4t2EgEQeCfs0pJ",
-	"0C6ZfZZQxakjCwuU5Jh3kYOmVdyNQeiTPWm+nnnDRT6Glp1UIrTyaexb4C/sqCPYmKSeL0CghS/u0iGo",
-	"1d7I9hTZd3NzSthcNE9OKaDFB+CYq82/1H2UDsT5bl4haUznSmZMU7JWCixDAH+Ge+nKmByfK8uxLplv",
-	"Gp/DpFUyKnaflSEyWHdOmK1mxjJj25rrCwZN63q2rSn1pWNKbgDnpIanTBomu6wlZyr88+Few++v8j4l",
-	"u1PcoZchZLlfogBvTpCpgFG4Umb7fEc34LjgjsdCLokXVz/vbzYmG43DlCTjz8S0TVHVsaa2g1+7cWeG",
-	"JkIVt1j7FiLbMo536EOTh/VSHqT/NeC1LMg5M1oMdSR7fAiQkvVfJLlHoIwFa1dfRqfsUPLOFYfoeIyC",
-	"0bZpMcrj6zFQdzmT5vxeDTlSxm8Gq+aww4g6qJ1J7acaJVe+3oDumiexY5QtEWBn/xv68MZBO+X+E02M",
-	"DtqIfOjitEVAfuV2FStNqBYEDGYWQb9jrSSkmMM7YU+cCzNj7t5lWtn3ZsuU0WuSku7s1wzTUREb+eiu",
-	"WWZwu2c6aDKyiku/vNf97jC//PI7W+6Y0cCkRse1y+0mm0a63LiOLIR3Hlb6aP6OS3V0g+KtXJlOCQ/b",
-	"l+AbOUOpq4Bkx1h4xoop8LzpKgJyxzc3f4DLMLw8NbL4xdzhJukZpSxOkIc1M9Mck817vPr8PkRFbSZI",
-	"m+FpBOODALd/YLeV3d7MVN1NAl991EVrD+Lur63SInno+v0AnCbG0NSk62/I/ME7l6KR+iM1sXyZoLzg",
-	"ztgT3LU6/3ZUAxc+I+Pr0X9eeVKvAq2RO2/lD9CH9xuZ3dve1GY7LtGwTGEu+LkQNmCDd9hWupouSLs3",
-	"PZasNlv6ez9ERcTgffhjwFPsclj8+1W1GzDm0oje7/K0X/vzVp72vFGkqZIVaPSxH9W8bGnCfPX16VlR",
-	"Fp1VZAnnWjxfLLbb7Sn3x6fGrhfxW1z8eP326v3Nlf/Gv9U4wm6F34BG67LLn6+T3eZ5cXb6VbgdJSrO",
-	"i9enZ6evqVZxV3vXLYavF5uvFnsptwafP+FcGn0t/DoG3U26Ak2eET9Nu5Mi2xmMgyaNeunL4W8d2H7n",
-	"/BEvzL8TlkdYSJ/YCGFB5EEz3LfKV50VVwh5ruNqbmQqHTT4YvwUI9Va3oca1HsHUVXx25e9982vz85e",
-	"9Lb5EpGGbcuhTNPHz2+NhlO/g4AV79TsZnUUfTG8y/o60DUNt/10R7eXbSXTsKVRYCVt3DHwNSZQsbgl",
-	"YvkwXDyMePIx5LyCAML2o/IHqdSw6ZrEZE6j3ZXFDrFmvPQms0QxrvYvwDSPhwciqvuNsX+KLa+0SNDk",
-	"wXv71HTlkKa51zWKg0AiFK+RLPIePfLz76y+zElNQ2dVExAUeEG6SWR30Do/oyBsQDPBe59X+9aPy80v",
-	"4oCzP+0nANNN7BfMiHGne4LRD8lCJ33uudPUt8bdzu/MjUV87E/K9gFqVWj2tqMBQIaoUIAeUGoKlNp0",
-	"lvG1mbp5hFmB1f/Qzc+qhulPJv7CWhiWH+j8bzJw5kcZJTNK/BlFceEsr2C2W3+k0/+DvHxe+xrH3L/Y",
-	"XQT1hR+j918QTjAAwdKDOisiEn/aU+PomHVKnCy/ZKkLHL6w2cJwUqblLBS5epiFMBlX03losGAQ8/Yx",
-	"nSp8ZKbzxKdbCr/ALMRtAMwLH5aR1kOK5kj18uHgB2nF4+3jfwMAAP//",
+	"zFtfb9w2Ev8qhO6AvChet8ndw+YpTd2L0SYtYqN3QBAEXHF2xVoiVQ7ltWD4ux+GpCRqRa3txsndW7yk",
+	"yPk/v5lhbrNC141WoCxm69us4YbXYMG4v5ArsdE35z/SHwKwMLKxUqtsnV2WwMJyzvSWcdUxC7w+yfJM",
+	"0oaG2zLLM8VryNbRSXlm4M9WGhDZ2poW8gyLEmpOV9iucZutkWqX3d3lGSreYKntIglh/UE0jGc9hog7",
+	"2oyNVghOKD9xWbUG6J+FVhaUpX/ypqlkwYm01R9I9N1GZ/7dwDZbZ39bjdJe+VVcnRmjjb9nyt/L01Nm",
+	"S2BEKqBlGwP8Chlnpq3gFXt5+p1btvoKFJPIaoko1Y5pw/ZGqx1teUlbDNCy0gzbouy19or9I5yPYK7B",
+	"sC2XFQj6+UX8c8GV0pYJzaRlSu9PvF488cTbG61QV/CLVDDX0WtWSQWkHDpyR3w8Q1b4T0hPjdENGCu9",
+	"bC3c2IQO8szKGtDyuqHVrTY1t9k6E9zCc1rK8oTtjCr+GH2f+0s+DV/ozR9QWLrEa2LGw79LbtkelPVi",
+	"zdm+7HLGlWB7WrGaCT1npdAC0jb79vLyN4aW2xbps4EbqeyL70dOpLKwA0OEARH2OX3iazpqUwEjK+8F",
+	"vfU2mrOtNqzmRSkV4KugVkvWoBtQJ3Ox5dlW3iyIwDHK+Ea3lkn7ivEKNWu4sf2tNSDyHSSPrXgHJi2P",
+	"+Ajs0ELNLN3nDTJ5WrgpKQ0gnyzAsd6Abqo0QcGrlgJLWM4ZR0dYpXes5PhYxg/M0KlwJD9lhG9504Ci",
+	"j2d0XegabEku7uSzgSKonPdOPTfDSFJf7lT9DzPCKK5wHKhoeIsgKBD1vxhAqw18FrAzXCS1esxjaedx",
+	"sb3XAs7VVqdMIjiAl5pp1UAoYMJvmxYjaUVeKEVSijXU2nQ/dNZ/H7vzP18m3bnRuvoAXHRzYv9FRods",
+	"o7UFwXgJPBZVdIZpldNR0nhB7aSC3Md7jmx3LVGbtBv4c34Hg9JnrdmWQVgJxfdLTCvvCV7UaZqvx0um",
+	"x4TbyZTf8G75rAVTkSIbDx9FM2Mu98qdqizmL1bNkpEFlpOhxy8xFyZwMDsEoB/mpsaFbiyI+VHnlmFr",
+	"ruU12QAj34lDpMvLkVQ2WlfAVeYAhHevVATvPFGOdVbothKMEvsGWHBOkTO59U6y58j2EksQFEaThgNK",
+	"vLYPDxygrsUxI4MbKFqiNR2QJZLjDiLoIQxxVGq0zOsIWcGN6YKwZ3fQzvvQWFDvr+otbfbYzwknpaVB",
+	"nBK93HwsDjgzrSKnS3iU7AgrwAMJv3B7Dz0klm5/XkxKr86pnvLBQiMxREYWJJrylA+AujVFKmb8ImtS",
+	"2/G0tRyFhcSrdz+k17w20quHmTiOBO9+yIaDU9wE2b7RbSiTDjm6hjGlsE3n0F0C3l7JqgqZPZEVXNJc",
+	"Xlv80AC29fJqq9TiYm+qdnkH2cjC6oFIh63jpSPlA38RvQf354N8jujgXGEDhU2mkTECb42u2UbbkqEU",
+	"qSyvApbmVfXrNlt/PO5bcdy/+3RYp71vq4rtSyrCqE4CdHHVtA5fq7aqCJ73deaMLwOFNuKB3v3Bbz6U",
+	"fDgj92wdkV4Ia0nQMImjx72TC2EAMZVlqNi0/WkGeFECjrVfMixTFc2lWioPPJh5hr7AIVS/EN7Jgc/r",
+	"ZFnwk6wC/Ct1JTAUbj1VVNfZdJWgwKoEn+/B7rW5ciRhw4tphZs8qZHiHv4aowtAXMB7WtttgpJ3FJM8",
+	"axInRTZ9cQzyJdPwvXDw0PKOYK1BrZ75fDCbXqwDV7Hujljvh8FVUgU6dxKsJVUeVjPOikqCslGlPhZM",
+	"STRWSY5pFVmom4rbwQids0dAxF1ec5G2oU0rK+Fhzdz2DfBHooEBeM1czwUgUMKlIGkRqu2kwXDfse+W",
+	"qmrf7KvvralBiQ/AMRWbPf4k6kCsx+qaqNGtzZnWdc4aKTD3BvwZbqTNg3N8LgzHMmcuw3z2fYGcUbD7",
+	"XGk6BsvWCr1XVHJq05RcvWJQN7Zj+5JcX1pWyWvAJarhPpH6ijUpyYUI/2TQFxzybZUAw/a8y4lH15Hg",
+	"FK9VWhOlJLjmCkxpocb78svYdRiK/IwbwzsHq/jNWdroLh0dlmIoKOHDkOtJAq+fIas81ONVpfcPt8Qa",
+	"LBfc8pBpJN3Fq9+mjcJ0YyKKGWQdC06njdxJdbyhTHonr95Kg9b5tgMVvVnJLVNLsm+4CU3hxZa5l9Rw",
+	"F12ktwuHEWo6Zp0u8Lldf91ETQzXj9nJiOvHxsCClBGK0Caf0k3uwDheoYsm3PevF2qlI91/F/R54HyQ",
+	"a6EVSnQAJvTp9iE1yr6pcCXV7mShzPoGlVmekXMsyKxPNMnlQ7gdjVTCkZMD8pDRxgQ0OMVYAo6KPyz9",
+	"Bi8cNBlnq3TxOASKMajGSWGSZPLDojSezgxWPzjr4FZjbDuCFC56vaTg6QBsg1lQiKrk1jkzqLZ+2lom",
+	"iCKidlT3RfgkWcr0wWHaDevhjEaX1WSitnlivEHQ7DHdzYN+6JSvU7aXttStDX1z2no4BFk412HtSUJb",
+	"SgJD4tL7ZFUR1L8+Gj5cp99DyPUAJilu+Z6YW6YUsPZqIEP6s+WGKysX8sIDWrah+0blSNSt+8LG7T3j",
+	"20D/Qv6ZhuBEwHqaWBY7//2BLQpozih6TU8j1JHaZNoAHi08GVIoFFxYaOZS/FUBQwtNKJdp49wdIT1V",
+	"PAvwNCRxba4WZl1/YXImpFgqkv0sPKUura/eJTz2rd6zSqsdUUl7piBDtwQrhntUW28SnSF3ac/JcFWY",
+	"ay4J3baYnu+5sTR32JdJhZYrmxq/1rW06aatT3npXoSzn5+4rI5OO5yUJz10hxBRqsK3PwZbeEBg83de",
+	"tAVV/8enLF9wS9/xuq/P5YZoh1OfB8Cb0Bw9xFEJzBo9LghbH14bUDxYMNK6f/6B4c0DN18wh0pOWhai",
+	"13XU83BWF6TdkzsdMcXA6VD1UwOcO0YPq6XtLkj8XjuvRS3VJcHodJggv+BWm2c4gm33PqYELpxHhhcy",
+	"/3nujnruzxrzaSN/hs4/UZHJGetFqffDwAvzuDcCLpnCNRivHQcAaIM0k5Zjzkq9p9+73ioC0un8j74I",
+	"Z6/7tw1uGm/7xsRGi87N3ZR72cAbedLxuiJOK1mAQmf7gc3XDS9KeP79yWmWZ62pSBLWNrherfb7/Ql3",
+	"yyfa7FbhW1z9cv7m7P3FmfvGTc4tVVOZm1YG6bLXv51Hc8h1dnrynd8dKMrW2YuT05MXDj/a0qlu1X+9",
+	"uv5uNXG5HTj/8esEkoWbNKC9iMeV0XOtj/PsVJHsCCk6g5Y4fR31ZwumG5U/pNoj77GOXOHrKwQ/+3Cw",
+	"FG6aykWdLa8Q0rcOs6jh0gf1K2Y11QHyQ9s5BVFUcS37yROu709PH/V86zEk9S36Q5rm77t+dA0E9/OW",
+	"t9XiaHIgfdU/PXNxoK1rbrr5+GnibTlTsAe0vo/hQhnfYVQ+Zp/osLQZrm4HKHbnfb4CX1ZNrfJnWVX9",
+	"eGRmkymOxi2rEewltPQy0XnX/gWMA+j+MQfF/VqbJ5HlmRJRfXjwpnAuurx309QDIrIDf4QPXsOxyDt0",
+	"yM89JXNhTiq2L2VREhAU+Cpg8itorCs2EK5BMcE751dT6YeJ2FdRwOmTvXKcj+++okcMg8BnGPQQTQHi",
+	"pxlXivLWMBD4i76xCu8Zo7B9gFor1JORmgeQ3ioqQAcoFRlKqVvD+E7P1TzALH/V/1DND4qG8avQbxgL",
+	"L/vGeEVAZOHdac50JZ4iKK6s4QUsZutLWv0/8MuHpa+hzP3G6iKoL1wZPR07P0MPBHMH6owISPx+TYVe",
+	"wj0oatj1TYTbN/q+oWzPHAhYaCNORNkTd0SWq9uxRXO3ugYjt2641ITnBFMB/+7WB6YfbfpjN+hhoODc",
+	"Zct96d6Uf7nkPgAX0Tsulzroc25cz9UVMD6LKLmFgwhyRJhDTyNplaHl8TVzsL/hK/uzr5rzOM/67Fv2",
+	"RTpGfZS4UO9F6Mn8dBeXu85u4kL34yeyDX+Ztypfya2czYSzbuMyg1jPbw/+R0p29+nuvwEAAP//",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
