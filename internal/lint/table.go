@@ -131,6 +131,8 @@ var WideTypes = []Exception{}
 
 // Ambient lists uses of the process's environment and flags outside cmd.
 var Ambient = []Exception{
+	{"internal/prelude/prelude.go", "init", "it is for what comes before everything else of an engine process, as its comment says"},
+	{"internal/prelude/prelude.go", "os.Environ", "the process executes itself anew, with the environment it has"},
 	{"internal/settings/settings.go", "os.LookupEnv", "the table of settings is read here for every command; a test passes its own"},
 	{"envd/start.go", "os.Getenv", "the protocol: a process gets the PATH that envd was started with"},
 	{"template/bootstrap.go", "os.Environ", "mmdebstrap needs the host's proxy variables"},
