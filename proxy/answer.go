@@ -84,6 +84,41 @@ func tooMany(id cay.SandboxID, limit int) answer {
 		help:    "This sandbox has reached its limit of " + strconv.Itoa(limit) + " open connections. Close some, or try again in a moment."}
 }
 
+func resumeDenied(id cay.SandboxID) answer {
+	return answer{SandboxID: string(id), Code: http.StatusForbidden,
+		Message: "The sandbox is paused and the request may not resume it: send its access token in the header 'X-Access-Token'",
+		title:   "Sandbox Paused",
+		help:    "This sandbox is paused, and only a request with its access token resumes it."}
+}
+
+func inTransition(id cay.SandboxID) answer {
+	return answer{SandboxID: string(id), Code: http.StatusConflict, retryAfter: 1,
+		Message: "The sandbox is still changing its state; try again",
+		title:   "Sandbox Not Ready",
+		help:    "The sandbox is being paused or resumed, and this takes longer than usual. Load this page again in a moment."}
+}
+
+func teamFull(id cay.SandboxID) answer {
+	return answer{SandboxID: string(id), Code: http.StatusTooManyRequests, retryAfter: 1,
+		Message: "The sandbox is paused and cannot be resumed: its team has as many sandboxes as it may have",
+		title:   "Too Many Sandboxes",
+		help:    "This sandbox is paused. Its team has as many running sandboxes as it may have: one of them must end before this one resumes."}
+}
+
+func parkFull(id cay.SandboxID) answer {
+	return answer{SandboxID: string(id), Code: http.StatusTooManyRequests, retryAfter: 1,
+		Message: "Too many requests wait for sandboxes to resume; try again",
+		title:   "Too Many Requests",
+		help:    "Too many requests wait for paused sandboxes. Load this page again in a moment."}
+}
+
+func cannotWake(id cay.SandboxID) answer {
+	return answer{SandboxID: string(id), Code: http.StatusBadGateway,
+		Message: "The sandbox is paused and could not be resumed; it is as it was",
+		title:   "Sandbox Not Resumed",
+		help:    "This sandbox is paused, and resuming it failed. Nothing of it is lost; its logs say why."}
+}
+
 func unavailable(id cay.SandboxID) answer {
 	return answer{SandboxID: string(id), Code: http.StatusServiceUnavailable, retryAfter: 1,
 		Message: "The proxy cannot tell now where the sandbox is; try again",

@@ -56,6 +56,16 @@ type Server struct {
 	// a loopback Host without routing headers. Nil turns it off.
 	ResolveSignature func(ctx context.Context, s Signature) (cay.SandboxID, bool)
 
+	// Wake is asked for a sandbox that the catalog does not have. When it
+	// returns nil, the sandbox is looked up once more and the request goes on.
+	// Its errors are those of the control plane: CodeSandboxNotFound for one
+	// that does not wake, CodeForbidden for a request that may not wake it,
+	// CodeSandboxTransition, CodeTooManySandboxes. Many ask at once for one
+	// sandbox. Nil: nothing is woken.
+	Wake func(ctx context.Context, q WakeRequest) error
+	// MaxParked bounds the requests that wait for that; 0 is 4,096.
+	MaxParked int
+
 	// MaxPerSandbox bounds the requests, streams included, that one sandbox
 	// may have under way; 0 is 4,096.
 	MaxPerSandbox int
@@ -76,7 +86,11 @@ type Server struct {
 	log  *slog.Logger
 	fine *log.Logger // what net/http says, at level debug
 
+	life context.Context // ends with Close
+	stop context.CancelFunc
+
 	mu     sync.Mutex
+	lot    lot
 	closed bool
 	active int
 	idle   *sync.Cond // active became 0
@@ -104,6 +118,7 @@ func (s *Server) init() {
 			limit = defaultPerSandbox
 		}
 		s.up.init(limit)
+		s.life, s.stop = context.WithCancel(context.Background())
 	})
 }
 
@@ -193,6 +208,7 @@ func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
+	s.stop()
 	s.up.close()
 	s.mu.Lock()
 	for s.active > 0 {
@@ -253,20 +269,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		controlRoute(r.URL.Path).write(w, r)
 		return
 	}
-	route, c, err := s.up.enter(r.Context(), s.Catalog, t.sandbox)
-	switch {
-	case err == nil:
-	case errors.Is(err, catalog.ErrNotFound):
-		notFound(t.sandbox).write(w, r)
-		return
-	case errors.Is(err, errFull):
-		tooMany(t.sandbox, s.up.limit).write(w, r)
-		return
-	case r.Context().Err() != nil:
-		return // nobody waits for an answer
-	default:
-		s.log.Warn("the catalog does not answer", "sandbox", t.sandbox, "error", err)
-		unavailable(t.sandbox).write(w, r)
+	route, c, err := s.enter(r, t)
+	if err != nil {
+		s.refuse(w, r, t, err)
 		return
 	}
 	defer s.up.leave(c)
@@ -400,16 +405,11 @@ func (s *Server) failed(w http.ResponseWriter, r *http.Request, t target, c *con
 
 // signed routes a signed file URL that names no sandbox.
 func (s *Server) signed(r *http.Request) (target, bool) {
-	if s.ResolveSignature == nil || r.URL.Path != "/files" {
+	if s.ResolveSignature == nil {
 		return target{}, false
 	}
-	var op string
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-		op = "read"
-	case http.MethodPost:
-		op = "write"
-	default:
+	sig, ok := signatureOf(r)
+	if !ok {
 		return target{}, false
 	}
 	if _, _, routed, err := routingHeaders(r.Header); routed || err != nil {
@@ -422,12 +422,26 @@ func (s *Server) signed(r *http.Request) (target, bool) {
 	if ip, err := netip.ParseAddr(name); !strings.EqualFold(name, "localhost") && (err != nil || !ip.Unmap().IsLoopback()) {
 		return target{}, false
 	}
+	id, ok := s.ResolveSignature(r.Context(), sig)
+	return target{sandbox: id, port: envdPort}, ok
+}
+
+// signatureOf reads a signed file URL.
+func signatureOf(r *http.Request) (Signature, bool) {
+	if r.URL.Path != "/files" {
+		return Signature{}, false
+	}
+	var op string
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+		op = "read"
+	case http.MethodPost:
+		op = "write"
+	default:
+		return Signature{}, false
+	}
 	q := r.URL.Query()
 	sig := Signature{Path: q.Get("path"), Operation: op, User: q.Get("username"),
 		Expiration: q.Get("signature_expiration"), Value: q.Get("signature")}
-	if sig.Value == "" {
-		return target{}, false
-	}
-	id, ok := s.ResolveSignature(r.Context(), sig)
-	return target{sandbox: id, port: envdPort}, ok
+	return sig, sig.Value != ""
 }

@@ -237,6 +237,7 @@ func (s *server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.api = newAPI(s)
+	s.proxy.Wake = waker(s.api)
 
 	// Background work ends with close, not with the start's context.
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
