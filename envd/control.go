@@ -2,6 +2,8 @@ package envd
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -209,6 +211,14 @@ func (s *Server) setSystem(q initRequest) {
 	if q.Hostname == "" || strings.ContainsAny(q.Hostname, "\x00\n /") || len(q.Hostname) > 64 {
 		return
 	}
+	// The name on disk is that of the sandbox whose disk this was: it tells a
+	// fork, which must not be taken for its source, from a sandbox that starts
+	// again.
+	if was, err := os.ReadFile("/etc/hostname"); err != nil || strings.TrimSpace(string(was)) != q.Hostname {
+		if err := newMachineID("/etc/machine-id"); err != nil {
+			s.log.Warn("the machine ID stays as it is", "err", err)
+		}
+	}
 	if err := unix.Sethostname([]byte(q.Hostname)); err != nil {
 		s.log.Debug("the host name stays as it is", "err", err)
 		return
@@ -231,6 +241,15 @@ func (s *Server) setSystem(q initRequest) {
 			s.log.Debug("writing /etc/hosts", "err", err)
 		}
 	}
+}
+
+// newMachineID writes a fresh ID, as machine-id(5) has it. It is written in
+// place: another file may be a link to it.
+func newMachineID(path string) error {
+	id := make([]byte, 16)
+	rand.Read(id)
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a UUID of version 4
+	return os.WriteFile(path, []byte(hex.EncodeToString(id)+"\n"), 0o444)
 }
 
 // writeMarks leaves the sandbox's identity where programs without envd's
