@@ -72,12 +72,15 @@ func (g guestGroups) count() (int, error) {
 	}
 	n := 0
 	for _, e := range entries {
-		if e.IsDir() {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), spareGroup) {
 			n++
 		}
 	}
 	return n, err
 }
+
+// spareGroup begins the names of cgroups that were made ahead, for no guest yet.
+const spareGroup = "spare-"
 
 // busy returns the processor time that guests, server and supervisor have
 // consumed so far.
@@ -112,6 +115,9 @@ func (g guestGroups) members() ([]int, error) {
 	err := filepath.WalkDir(g.memory, func(path string, e fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // a guest that has just ended, or no guest yet
+		}
+		if err == nil && e.IsDir() && strings.HasPrefix(e.Name(), spareGroup) {
+			return filepath.SkipDir
 		}
 		if err != nil || e.Name() != "cgroup.procs" {
 			return err

@@ -133,7 +133,7 @@ func strayCgroups(_ context.Context, d *Doctor) ([]object, error) {
 			continue // not of this hierarchy
 		}
 		for _, e := range entries {
-			if id := e.Name(); e.IsDir() && !seen[id] {
+			if id := e.Name(); e.IsDir() && !seen[id] && !strings.HasPrefix(id, spareGroup) {
 				seen[id] = true
 				out = append(out, object{d.CgroupParent + "/" + id, byExecution(id)})
 			}
@@ -141,6 +141,10 @@ func strayCgroups(_ context.Context, d *Doctor) ([]object, error) {
 	}
 	return out, nil
 }
+
+// spareGroup begins the names of cgroups made ahead. The engine's supervisor
+// owns them, and removes those of one that died.
+const spareGroup = "spare-"
 
 // readyDisk begins the names of disks made ahead. The running server owns
 // them, and the next one takes them away.

@@ -21,6 +21,7 @@ func crowdedHost(d *Doctor) tree {
 		"sys/fs/cgroup/cay-0a0b0c0d/x1":      "dir",
 		"sys/fs/cgroup/cay-0a0b0c0d/x2":      "dir",
 		"sys/fs/cgroup/cay-ffffffff/x3":      "dir", // another data directory
+		"sys/fs/cgroup/cay-0a0b0c0d/spare-0": "dir", // made ahead
 		"sys/fs/cgroup/cay-0a0b0c0d/cpu.max": "max",
 		"run/netns/cay-abc123-1r":            "",
 		"run/netns/cay-abc123-1i":            "",

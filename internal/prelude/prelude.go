@@ -18,12 +18,14 @@ package prelude
 import (
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 )
 
-// Mark is a flag of gVisor without an effect: it excludes a command that does
+// Mark begins a flag of gVisor without an effect: it excludes commands that do
 // not exist from the debug log. A sandbox whose command line has it begins in
-// the short way of this package; every other one as gVisor would by itself.
+// the short way of this package; every other one as gVisor would by itself. What
+// follows it, after commas, is for runtime/gvisor.
 const Mark = "--debug-command=!short"
 
 // SelfExe is argv[0] of the helpers of a sandbox that has [Mark]; it is a
@@ -41,7 +43,8 @@ func init() {
 
 // IsSandbox reports whether a command line is that of a marked sandbox.
 func IsSandbox(args []string) bool {
-	return len(args) > 0 && args[0] == "runsc-sandbox" && slices.Contains(args, Mark)
+	return len(args) > 0 && args[0] == "runsc-sandbox" &&
+		slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, Mark) })
 }
 
 // The operations of prctl(2) on capabilities.

@@ -39,7 +39,7 @@ func NewBare(dir string, s runtime.Spec) (*Bare, error) {
 	if err := keepTmpOnDisk(s.RootFS); err != nil {
 		return nil, err
 	}
-	if err := writeSpec(s, b.l); err != nil {
+	if err := writeSpec(ociSpec(s, b.l), b.l); err != nil {
 		return nil, err
 	}
 	return b, nil

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/runtime"
@@ -131,6 +132,98 @@ func (g cgroup) stats() runtime.Stats {
 	s.MemoryBytes = max(0, s.MemoryBytes-s.MemoryCached)
 	s.PIDs = int(g.number("pids", "pids.current"))
 	return s
+}
+
+// make makes the cgroup, and its parents, in every hierarchy. It is for v1.
+func (g cgroup) make() error {
+	for _, h := range hierarchies() {
+		dir := filepath.Join(h, string(g))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("making cgroup %s: %w", g, err)
+		}
+		if filepath.Base(h) != "cpuset" {
+			continue
+		}
+		// A new cpuset is empty, and takes no process then.
+		for d := filepath.Join(h, filepath.Dir(string(g))); ; d = dir {
+			for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+				if err := inherit(d, f); err != nil {
+					return fmt.Errorf("making cgroup %s: %w", g, err)
+				}
+			}
+			if d == dir {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// inherit fills an empty file of a cgroup with what its parent has there.
+func inherit(dir, file string) error {
+	have, err := os.ReadFile(filepath.Join(dir, file))
+	if err != nil || strings.TrimSpace(string(have)) != "" {
+		return err
+	}
+	parents, err := os.ReadFile(filepath.Join(filepath.Dir(dir), file))
+	if err != nil {
+		return err
+	}
+	return put(filepath.Join(dir, file), parents)
+}
+
+// put writes to a file of a cgroup. It makes none: what looks like a hierarchy
+// may be none.
+func put(path string, value []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(value)
+	return errors.Join(err, f.Close())
+}
+
+// join moves a process into the cgroup, in every hierarchy. The first move waits
+// until no processor of the machine is in the middle of a fork or an exit:
+// milliseconds.
+func (g cgroup) join(pid int) error {
+	for _, h := range hierarchies() {
+		if err := put(filepath.Join(h, string(g), "cgroup.procs"), strconv.AppendInt(nil, int64(pid), 10)); err != nil {
+			return fmt.Errorf("moving process %d into cgroup %s: %w", pid, g, err)
+		}
+	}
+	return nil
+}
+
+// rename gives the cgroup another name beside its own, which only v1 can.
+func (g cgroup) rename(to cgroup) error {
+	for _, h := range hierarchies() {
+		if err := os.Rename(filepath.Join(h, string(g)), filepath.Join(h, string(to))); err != nil {
+			return fmt.Errorf("renaming cgroup %s: %w", g, err)
+		}
+	}
+	return nil
+}
+
+// limit sets the limits of an instance.
+func (g cgroup) limit(r *specs.LinuxResources) error {
+	type value struct {
+		controller, file string
+		n                int64
+	}
+	values := []value{
+		{"cpu", "cpu.cfs_period_us", int64(*r.CPU.Period)}, {"cpu", "cpu.cfs_quota_us", *r.CPU.Quota},
+		{"memory", "memory.limit_in_bytes", *r.Memory.Limit},
+	}
+	if r.Memory.Swap != nil {
+		values = append(values, value{"memory", "memory.memsw.limit_in_bytes", *r.Memory.Swap})
+	}
+	for _, v := range append(values, value{"pids", "pids.max", r.Pids.Limit}) {
+		if err := put(filepath.Join(g.dir(v.controller), v.file), strconv.AppendInt(nil, v.n, 10)); err != nil {
+			return fmt.Errorf("limiting cgroup %s: %w", g, err)
+		}
+	}
+	return nil
 }
 
 // members returns the processes in the cgroup, and in the cgroups below it.

@@ -17,7 +17,6 @@ import (
 	"gvisor.dev/gvisor/runsc/container"
 
 	"github.com/cayhq/cay"
-	"github.com/cayhq/cay/internal/prelude"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -36,6 +35,7 @@ type instance struct {
 
 	launch    context.Context // ends when the instance is being killed
 	endLaunch context.CancelCauseFunc
+	launched  <-chan struct{} // closed when the launcher is gone; nil of an adopted instance
 	watching  sync.WaitGroup
 	ended     chan struct{} // closed when rec.Exit is set
 
@@ -102,7 +102,8 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 	if err := keepTmpOnDisk(spec.RootFS); err != nil {
 		return err
 	}
-	if err := writeSpec(spec, l); err != nil {
+	oci := ociSpec(spec, l)
+	if err := writeSpec(oci, l); err != nil {
 		return err
 	}
 	if err := makeConsole(l.console); err != nil {
@@ -119,11 +120,18 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(i.launch, func() { cancel(errKilled) })()
-	run, err := i.sup.takeLauncher()
+	run, err := i.sup.takeLauncher(i.group, oci.Linux.Resources)
 	if err != nil {
 		return err
 	}
-	res, err := run.run(ctx, launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, Flags: append(engineFlags(l, i.sup.DebugDir), prelude.Mark)})
+	i.launched = run.exited
+	req := launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, InCgroup: run.group != ""}
+	var told []string
+	if req.InCgroup {
+		told = bootLimits(spec.Limits)
+	}
+	req.Flags = append(engineFlags(l, i.sup.DebugDir), shortFlag(told...))
+	res, err := run.run(ctx, req)
 	if err != nil {
 		if tail := tailOf(l.panicLog); tail != "" {
 			err = fmt.Errorf("%w; the engine's last words: %s", err, tail)
@@ -250,6 +258,9 @@ func (i *instance) watch() {
 	i.mu.Unlock()
 	i.watching.Go(func() {
 		_ = gofer.wait()
+		if i.launched != nil {
+			<-i.launched // only then is it our child
+		}
 		if sentry.alive() { // else it took its gofer along
 			ws, ok := gofer.reap()
 			i.mu.Lock()
@@ -262,6 +273,9 @@ func (i *instance) watch() {
 	})
 	i.watching.Go(func() {
 		_ = sentry.wait()
+		if i.launched != nil {
+			<-i.launched // only then is it our child
+		}
 		ws, reaped := sentry.reap()
 		i.sup.reaper.disown(sentry.PID)
 		_ = gofer.kill()

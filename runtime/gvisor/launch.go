@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,10 +8,14 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	goruntime "runtime"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/container"
 	"gvisor.dev/gvisor/runsc/specutils"
@@ -24,6 +27,9 @@ type launchRequest struct {
 	Bundle  string   `json:"bundle"`
 	Console string   `json:"console"` // the pipe
 	Flags   []string `json:"flags"`
+	// InCgroup tells that the launcher is in the instance's cgroup already:
+	// gVisor is to leave cgroups alone.
+	InCgroup bool `json:"inCgroup,omitempty"`
 }
 
 // launchResult is what a launcher writes to file descriptor 3.
@@ -38,11 +44,22 @@ type launchResult struct {
 const guestOOMScore = 500
 
 // launchMain is the launcher: one process that creates one instance and exits.
+// With an argument it first moves into that cgroup, which it reports as a result
+// of its own. The supervisor does not do that for it, for it should never be in
+// a system call that cannot be interrupted: killed there it would not die.
 func launchMain() int {
 	silenceEngineLog()
 	out := os.NewFile(3, "result")
 	var req launchRequest
 	res := launchResult{}
+	if len(os.Args) > 1 {
+		if err := cgroup(os.Args[1]).join(os.Getpid()); err != nil {
+			res.Error = err.Error()
+		}
+		if err := json.NewEncoder(out).Encode(res); err != nil || res.Error != "" {
+			return 1
+		}
+	}
 	if err := json.NewDecoder(os.Stdin).Decode(&req); errors.Is(err, io.EOF) {
 		return 0 // a spare one, not needed any more
 	} else if err != nil {
@@ -78,6 +95,7 @@ func launch(req launchRequest) (launchResult, error) {
 	if err != nil {
 		return launchResult{}, err
 	}
+	conf.IgnoreCgroups = req.InCgroup
 	spec, err := specutils.ReadSpec(req.Bundle, conf)
 	if err != nil {
 		return launchResult{}, err
@@ -92,15 +110,17 @@ func launch(req launchRequest) (launchResult, error) {
 // launcher is a launcher process that waits for its request, or works on it.
 type launcher struct {
 	cmd    *exec.Cmd
+	group  cgroup   // that it is in; "" if that is left to gVisor
 	in     *os.File // the request goes here; closing it unused ends the launcher
-	out    *os.File // the result comes from here
+	out    *os.File // the results come from here
+	dec    *json.Decoder
 	exited chan struct{}
 	err    error // of its end, once exited is closed
 }
 
-// startLauncher starts a launcher.
-func startLauncher(r *reaper) (*launcher, error) {
-	l := &launcher{exited: make(chan struct{})}
+// startLauncher starts a launcher, and moves it into a cgroup unless that is "".
+func startLauncher(r *reaper, group cgroup) (*launcher, error) {
+	l := &launcher{group: group, exited: make(chan struct{})}
 	started := make(chan error)
 	go func() {
 		defer close(l.exited)
@@ -119,6 +139,18 @@ func startLauncher(r *reaper) (*launcher, error) {
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("starting the launcher: %w", err)
 	}
+	if group == "" {
+		return l, nil
+	}
+	var res launchResult
+	err := l.dec.Decode(&res)
+	if err == nil && res.Error != "" {
+		err = errors.New(res.Error)
+	}
+	if err != nil {
+		l.close()
+		return nil, fmt.Errorf("moving the launcher into its cgroup: %w", err)
+	}
 	return l, nil
 }
 
@@ -134,9 +166,12 @@ func (l *launcher) start(r *reaper) error {
 		return err
 	}
 	defer outW.Close()
-	l.in, l.out = inW, outR
+	l.in, l.out, l.dec = inW, outR, json.NewDecoder(outR)
 	l.cmd = exec.Command("/proc/self/exe")
 	l.cmd.Args, l.cmd.Env, l.cmd.Dir = []string{arg0Launch}, []string{}, "/"
+	if l.group != "" {
+		l.cmd.Args = append(l.cmd.Args, string(l.group))
+	}
 	l.cmd.Stdin = inR
 	l.cmd.ExtraFiles = []*os.File{outW}
 	l.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
@@ -163,14 +198,14 @@ func (l *launcher) run(ctx context.Context, req launchRequest) (launchResult, er
 	defer stop()
 	werr := json.NewEncoder(l.in).Encode(req)
 	l.in.Close()
-	var raw bytes.Buffer
-	_, _ = raw.ReadFrom(l.out) // ends with the launcher: what it starts does not inherit the pipe
-	<-l.exited
+	var res launchResult
+	err := l.dec.Decode(&res) // or the end of the launcher: what it starts does not inherit the pipe
 	if ctx.Err() != nil {
+		<-l.exited
 		return launchResult{}, context.Cause(ctx)
 	}
-	var res launchResult
-	if err := json.Unmarshal(raw.Bytes(), &res); err != nil {
+	if err != nil {
+		<-l.exited
 		return launchResult{}, fmt.Errorf("the launcher ended without a result (%v; request: %v)", l.err, werr)
 	}
 	if res.Error != "" {
@@ -179,50 +214,159 @@ func (l *launcher) run(ctx context.Context, req launchRequest) (launchResult, er
 	return res, nil
 }
 
-// takeLauncher returns a launcher that waits for a request: the spare one, if
-// there is one, which saves the start of a large binary.
-func (s *Supervisor) takeLauncher() (*launcher, error) {
+// spareMax is how many launchers wait for a request.
+const spareMax = 2
+
+// spareAfter is how long the processors are left to the guest that took a
+// spare launcher, and now boots, as long as another one is there.
+const spareAfter = 250 * time.Millisecond
+
+// sparePrefix begins the names of the cgroups of spare launchers, which are
+// beside those of the instances.
+const sparePrefix = "spare-"
+
+// takeLauncher returns a launcher that waits for a request, a spare one if there
+// is one: that saves the start of a large binary, and where it is slow, under
+// cgroup v1, also its way into a cgroup. On v1 the launcher is in the cgroup
+// group, with the limits of res.
+func (s *Supervisor) takeLauncher(group cgroup, res *specs.LinuxResources) (*launcher, error) {
 	s.mu.Lock()
-	l := s.spare
-	s.spare = nil
+	var l *launcher
+	if n := len(s.spares); n > 0 {
+		l, s.spares = s.spares[n-1], s.spares[:n-1]
+		s.lastTaken = s.now()
+	}
 	s.mu.Unlock()
 	if l != nil {
-		select {
-		case <-l.exited: // somebody killed it
-			l.close()
-		default:
+		if err := s.giveGroup(l, group, res); err == nil {
+			return l, nil
+		} else if l.alive() {
+			s.log.Warn("a spare launcher cannot be used", "err", err)
+		}
+		s.dropLauncher(l)
+	}
+	return startLauncher(s.reaper, "")
+}
+
+// giveGroup makes the cgroup of a spare launcher the one of an instance.
+func (s *Supervisor) giveGroup(l *launcher, group cgroup, res *specs.LinuxResources) error {
+	if !l.alive() {
+		return errGone
+	}
+	if l.group == "" {
+		return nil
+	}
+	if err := l.group.limit(res); err != nil {
+		return err
+	}
+	if err := l.group.rename(group); err != nil {
+		_ = group.rename(l.group) // some hierarchies may have it
+		return err
+	}
+	l.group = group
+	return nil
+}
+
+// alive reports whether nobody has killed the launcher.
+func (l *launcher) alive() bool {
+	select {
+	case <-l.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+// dropLauncher ends a launcher that has no request, and removes its cgroup.
+func (s *Supervisor) dropLauncher(l *launcher) {
+	l.close()
+	if l.group != "" {
+		s.removeGroup(l.group)
+	}
+}
+
+// newSpare starts a spare launcher, under cgroup v1 in a cgroup of its own.
+func (s *Supervisor) newSpare() (*launcher, error) {
+	if unified() {
+		return startLauncher(s.reaper, "")
+	}
+	s.mu.Lock()
+	taken := map[cgroup]bool{}
+	for _, o := range s.spares {
+		taken[o.group] = true
+	}
+	s.mu.Unlock()
+	g := s.spareGroup(0)
+	for n := 1; taken[g]; n++ {
+		g = s.spareGroup(n)
+	}
+	err := g.make()
+	if err == nil {
+		var l *launcher
+		if l, err = startLauncher(s.reaper, g); err == nil {
 			return l, nil
 		}
 	}
-	return startLauncher(s.reaper)
+	s.log.Warn("cgroups are left to gVisor", "err", err)
+	s.removeGroup(g)
+	return startLauncher(s.reaper, "")
 }
 
-// keepSpare starts a spare launcher whenever wanted asks, until ctx ends.
-func (s *Supervisor) keepSpare(ctx context.Context) {
+func (s *Supervisor) spareGroup(n int) cgroup {
+	return cgroup(filepath.Join(s.home.cgroupParent(), sparePrefix+strconv.Itoa(n)))
+}
+
+// removeGroup removes the cgroup of a spare launcher.
+func (s *Supervisor) removeGroup(g cgroup) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := errors.Join(g.killAll(ctx), g.remove(ctx)); err != nil {
+		s.log.Warn("the cgroup of a spare launcher could not be removed", "err", err)
+	}
+}
+
+// keepSpares keeps launchers spare until ctx ends.
+func (s *Supervisor) keepSpares(ctx context.Context) {
 	for {
 		s.mu.Lock()
-		have := s.spare != nil
+		have, since := len(s.spares), s.now().Sub(s.lastTaken)
 		s.mu.Unlock()
-		if !have {
-			if l, err := startLauncher(s.reaper); err != nil {
+		var later <-chan time.Time
+		switch {
+		case have >= spareMax:
+		case have > 0 && since < spareAfter:
+			later = time.After(spareAfter - since)
+		default:
+			if l, err := s.newSpare(); err != nil {
 				s.log.Warn("no spare launcher", "err", err)
+				later = time.After(time.Second)
 			} else {
 				s.mu.Lock()
-				s.spare = l
+				s.spares = append(s.spares, l)
 				s.mu.Unlock()
+				continue
 			}
 		}
 		select {
 		case <-s.wantSpare:
+		case <-later:
 		case <-ctx.Done():
 			s.mu.Lock()
-			l := s.spare
-			s.spare = nil
+			spares := s.spares
+			s.spares = nil
 			s.mu.Unlock()
-			if l != nil {
-				l.close()
+			for _, l := range spares {
+				s.dropLauncher(l)
 			}
 			return
 		}
+	}
+}
+
+// removeSpareGroups removes the cgroups that the spare launchers of a dead
+// supervisor left: they themselves died with it.
+func (s *Supervisor) removeSpareGroups() {
+	for n := range spareMax {
+		s.removeGroup(s.spareGroup(n))
 	}
 }

@@ -184,7 +184,11 @@ func (m *machine) leftovers(t testing.TB) []string {
 	}
 	for _, hier := range hierarchies() {
 		groups, _ := filepath.Glob(filepath.Join(hier, h.cgroupParent(), "*", "cgroup.procs"))
-		out = append(out, groups...)
+		for _, g := range groups {
+			if !strings.HasPrefix(filepath.Base(filepath.Dir(g)), sparePrefix) { // those are the supervisor's
+				out = append(out, g)
+			}
+		}
 	}
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	for line := range strings.Lines(string(mounts)) {

@@ -161,6 +161,7 @@ func (r *Runtime) ensure(ctx context.Context) error {
 	if err != nil {
 		return r.unavailable("the supervisor could not be started", err)
 	}
+	var again <-chan time.Time
 	for {
 		if err := r.ask(ctx, pathHello, &h); err == nil {
 			r.info = h
@@ -172,7 +173,13 @@ func (r *Runtime) ensure(ctx context.Context) error {
 			if err != nil {
 				return r.unavailable("the supervisor ended at once", err)
 			}
-			child = nil // it found another one
+			// It found another one, which may be at its end.
+			child, again = nil, time.After(100*time.Millisecond)
+		case <-again:
+			again = nil
+			if child, err = r.startSupervisor(); err != nil {
+				return r.unavailable("the supervisor could not be started", err)
+			}
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
 			return r.unavailable("the supervisor does not answer", ctx.Err())

@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"slices"
+	"strings"
 
 	_ "gvisor.dev/gvisor/pkg/sentry/seccheck" // for the linkname below
 	"gvisor.dev/gvisor/pkg/sync"
@@ -18,6 +19,12 @@ import (
 //go:linkname seccheckOnce gvisor.dev/gvisor/pkg/sentry/seccheck.initOnce
 var seccheckOnce sync.Once
 
+// shortFlag is the flag that makes a sandbox go the short way, with what its
+// boot command is told in addition.
+func shortFlag(boot ...string) string {
+	return strings.Join(append([]string{prelude.Mark}, boot...), ",")
+}
+
 // shortBoot prepares a sandbox process that goes the short way, and returns its
 // command line.
 //
@@ -31,8 +38,22 @@ func shortBoot(args []string) []string {
 	specutils.ExePath = prelude.SelfExe
 	seccheckOnce.Do(func() {}) // we configure no trace sessions
 	at := slices.Index(args, "boot")
-	if at < 0 || !prelude.Trimmed {
+	if at < 0 {
 		return args
 	}
-	return slices.Insert(slices.Clone(args), at+1, "--apply-caps=true")
+	var extra []string
+	for _, a := range args[:at] {
+		if opts, ok := strings.CutPrefix(a, prelude.Mark); ok {
+			for o := range strings.SplitSeq(strings.TrimPrefix(opts, ","), ",") {
+				if o != "" {
+					extra = append(extra, "--"+o)
+				}
+			}
+		}
+	}
+	if prelude.Trimmed {
+		extra = append(extra, "--apply-caps=true")
+	}
+	last := len(args) - 1 // the container's ID; of two equal flags the later one counts
+	return slices.Concat(args[:last], extra, args[last:])
 }

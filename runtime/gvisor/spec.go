@@ -5,13 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
+	goruntime "runtime"
 	"strconv"
 	"strings"
+	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/runtime"
@@ -72,8 +76,8 @@ func checkSpec(s runtime.Spec, l layout) error {
 }
 
 // writeSpec writes the OCI bundle of an instance.
-func writeSpec(s runtime.Spec, l layout) error {
-	data, err := json.Marshal(ociSpec(s, l))
+func writeSpec(s *specs.Spec, l layout) error {
+	data, err := json.Marshal(s)
 	if err != nil {
 		return fmt.Errorf("encoding the spec: %w", err)
 	}
@@ -130,6 +134,27 @@ func ociSpec(s runtime.Spec, l layout) *specs.Spec {
 		},
 	}
 }
+
+// bootLimits are the flags of gVisor's boot command that say what machine the
+// guest sees, as gVisor derives them from the cgroup when it makes that itself.
+func bootLimits(l runtime.Limits) []string {
+	cpus := min(max(l.CPUs, 2), goruntime.NumCPU()) // with one processor, some programs leave locks away
+	return []string{
+		"cpu-num=" + strconv.Itoa(cpus),
+		"cpu-quota=" + strconv.Itoa(l.CPUs*cpuPeriod),
+		"cpu-period=" + strconv.Itoa(cpuPeriod),
+		"total-memory=" + strconv.FormatInt(min(l.MemoryBytes, hostMemory()), 10),
+	}
+}
+
+// hostMemory is the machine's memory in bytes.
+var hostMemory = sync.OnceValue(func() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return math.MaxInt64
+	}
+	return int64(info.Totalram) * int64(info.Unit)
+})
 
 // shmBytes is the size of the guest's /dev/shm: half its memory, as on Linux. It
 // is memory of the instance like any other.

@@ -52,10 +52,11 @@ type Supervisor struct {
 	epoch   string
 	quit    context.CancelFunc
 
-	wantSpare chan struct{} // of one element: keepSpare should look
+	wantSpare chan struct{} // of one element: keepSpares should look
 
 	mu        sync.Mutex
-	spare     *launcher
+	spares    []*launcher
+	lastTaken time.Time // of a spare
 	instances map[runtime.InstanceID]*instance
 	closing   bool
 	seq       int64
@@ -123,6 +124,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	defer s.quit()
 
 	s.adoptAll()
+	s.removeSpareGroups()
 	_ = os.Remove(s.home.socket()) // ours by the lock, left by a dead supervisor
 	ln, err := net.Listen("unix", s.home.socket())
 	if err != nil {
@@ -138,7 +140,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	var g sync.WaitGroup
 	g.Go(func() { s.reaper.run(ctx) })
 	g.Go(func() { s.watchIdle(ctx) })
-	g.Go(func() { s.keepSpare(ctx) })
+	g.Go(func() { s.keepSpares(ctx) })
 	g.Go(func() {
 		<-ctx.Done()
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)

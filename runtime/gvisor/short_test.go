@@ -1,0 +1,56 @@
+package gvisor
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cayhq/cay/internal/prelude"
+	"github.com/cayhq/cay/runtime"
+)
+
+func TestShortBoot(t *testing.T) {
+	defer func(v bool) { prelude.Trimmed = v }(prelude.Trimmed)
+	flag := shortFlag("cpu-num=2", "total-memory=512")
+	if !prelude.IsSandbox([]string{"runsc-sandbox", flag, "boot", "x"}) {
+		t.Fatalf("%s is not taken for the mark", flag)
+	}
+	for name, c := range map[string]struct {
+		trimmed    bool
+		args, want []string
+	}{
+		"limits, and capabilities given up in place": {true,
+			[]string{"runsc-sandbox", flag, "boot", "--total-memory=4096", "x"},
+			[]string{"runsc-sandbox", flag, "boot", "--total-memory=4096", "--cpu-num=2", "--total-memory=512", "--apply-caps=true", "x"}},
+		"the bounding set could not be emptied": {false,
+			[]string{"runsc-sandbox", shortFlag(), "boot", "--setup-root", "x"},
+			[]string{"runsc-sandbox", shortFlag(), "boot", "--setup-root", "x"}},
+		"no boot command": {true,
+			[]string{"runsc-sandbox", flag},
+			[]string{"runsc-sandbox", flag}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			prelude.Trimmed = c.trimmed
+			given := slices.Clone(c.args)
+			if diff := cmp.Diff(c.want, shortBoot(c.args)); diff != "" {
+				t.Error(diff)
+			}
+			if diff := cmp.Diff(given, c.args); diff != "" {
+				t.Errorf("the given arguments changed: %s", diff)
+			}
+		})
+	}
+}
+
+func TestBootLimits(t *testing.T) {
+	got := bootLimits(runtime.Limits{CPUs: 1, MemoryBytes: 512 << 20, PIDs: 7})
+	for _, want := range []string{"cpu-quota=100000", "cpu-period=100000", "total-memory=536870912"} {
+		if !slices.Contains(got, want) {
+			t.Errorf("%q lacks %s", got, want)
+		}
+	}
+	if hostMemory() <= 0 {
+		t.Errorf("the machine has %d bytes of memory", hostMemory())
+	}
+}
