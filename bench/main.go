@@ -34,6 +34,7 @@ func main() {
 	gvisor.Dispatch() // the yardstick is this binary
 	isQuick := flag.Bool("quick", false, "take few rounds")
 	rounds := flag.Int("rounds", 0, "how often to measure what is measured in turn (default 100; quick 10)")
+	only := flag.String("only", "", "measure this part alone: envd")
 	check := flag.Bool("check", false, "exit with status 3 if a promised figure is missed")
 	results := flag.String("results", "", "directory for the JSON (default bench/results)")
 	flag.Parse()
@@ -43,6 +44,10 @@ func main() {
 	}
 	if *rounds > 0 {
 		o.rounds = *rounds
+	}
+	if o.only = *only; o.only != "" && o.only != partEnvd {
+		fmt.Fprintf(os.Stderr, "bench: there is no part %q to measure alone; there is %s\n", o.only, partEnvd)
+		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

@@ -54,6 +54,7 @@ type section struct {
 var sections = []section{
 	{"Create", []string{createCold, createPool, httpCold, httpPool, sdkCold, sdkPool, loadCold, loadPool}},
 	{"Work and end", []string{runTrue, sdkRun, call, kill, sdkKill, killClean}},
+	envdSection,
 	{"Server", []string{upEmpty}},
 	{"Yardsticks of the same run", []string{bareRun, bareReady, bareExec, bareDelete, nativeReady}},
 }

@@ -25,11 +25,13 @@ type options struct {
 	rest     time.Duration // from the making of idle sandboxes to their measurement
 	watch    time.Duration // of idle sandboxes' processors
 	sustain  time.Duration // of creates and kills without a pause
+	transfer int64         // bytes of a file that goes in and out
+	only     string        // the part to measure; empty is all
 }
 
 var (
-	full  = options{rounds: 100, idle: 50, restarts: 5, rest: 5 * time.Second, watch: 20 * time.Second, sustain: 15 * time.Second}
-	quick = options{rounds: 10, idle: 50, restarts: 2, rest: 2 * time.Second, watch: 5 * time.Second, sustain: 5 * time.Second}
+	full  = options{rounds: 100, idle: 50, restarts: 5, rest: 5 * time.Second, watch: 20 * time.Second, sustain: 15 * time.Second, transfer: 1 << 30}
+	quick = options{rounds: 10, idle: 50, restarts: 2, rest: 2 * time.Second, watch: 5 * time.Second, sustain: 5 * time.Second, transfer: 128 << 20}
 )
 
 // run is one run of the benchmark.
@@ -81,6 +83,12 @@ func (r *run) measure(ctx context.Context) (err error) {
 	if err := r.cold.up(ctx, image); err != nil {
 		return err
 	}
+	if r.only == partEnvd {
+		if err := r.cold.connect(r.repo, module); err != nil {
+			return err
+		}
+		return r.measureEnvd(ctx)
+	}
 	r.note("restarting the server %d times", r.restarts)
 	for range r.restarts {
 		if err := r.cold.signal(syscall.SIGTERM); err != nil {
@@ -112,6 +120,9 @@ func (r *run) measure(ctx context.Context) (err error) {
 		return fmt.Errorf("preparing the yardstick: %w", err)
 	}
 	if err := r.interleave(ctx); err != nil {
+		return err
+	}
+	if err := r.measureEnvd(ctx); err != nil {
 		return err
 	}
 	for _, t := range []*subject{r.cold, r.pool} {

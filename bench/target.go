@@ -127,5 +127,5 @@ func judge(o outcome) []Target {
 		f, ok := o.figures[name]
 		add(Target{Name: name + ", per core", Value: f.Value / float64(max(o.cores, 1)), Limit: 5, AtLeast: true, Unit: "/s"}, ok)
 	}
-	return out
+	return append(out, envdTargets(o)...)
 }
