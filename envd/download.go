@@ -108,17 +108,17 @@ var gzipWriters = sync.Pool{New: func() any {
 
 // copyOut sends a body and reports whether it is all there.
 func copyOut(w io.Writer, body io.Reader, compress bool) bool {
-	buf := copyBuffers.Get().(*[]byte)
-	defer copyBuffers.Put(buf)
+	buf, giveBack := lendBuffer()
+	defer giveBack()
 	type plain struct{ io.Writer } // hides ReadFrom, which would have its own buffer
 	if !compress {
-		_, err := io.CopyBuffer(plain{w}, body, *buf)
+		_, err := io.CopyBuffer(plain{w}, body, buf)
 		return err == nil
 	}
 	z := gzipWriters.Get().(*gzip.Writer)
 	defer gzipWriters.Put(z)
 	z.Reset(w)
-	if _, err := io.CopyBuffer(plain{z}, body, *buf); err != nil {
+	if _, err := io.CopyBuffer(plain{z}, body, buf); err != nil {
 		return false
 	}
 	return z.Close() == nil

@@ -21,8 +21,11 @@ import (
 
 const (
 	// copyBuffer is what one transfer holds in memory, beside the buffers of
-	// HTTP.
-	copyBuffer = 128 << 10
+	// HTTP. The first few at a time get a large one: in a guest it is the
+	// number of system calls that costs.
+	copyBuffer  = 128 << 10
+	largeBuffer = 1 << 20
+	largeCount  = 6
 	// lingerTime is how long a refused body is still read.
 	lingerTime = 10 * time.Second
 	// maxNames bounds the paths of one upload together, in bytes.
@@ -30,9 +33,23 @@ const (
 )
 
 var (
-	copyBuffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+	copyBuffers  = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+	largeBuffers = sync.Pool{New: func() any { b := make([]byte, largeBuffer); return &b }}
+	largeInUse   = make(chan struct{}, largeCount)
 	bodyReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
 )
+
+// lendBuffer lends a buffer for a transfer, until giveBack is called.
+func lendBuffer() (buf []byte, giveBack func()) {
+	select {
+	case largeInUse <- struct{}{}:
+		b := largeBuffers.Get().(*[]byte)
+		return *b, func() { largeBuffers.Put(b); <-largeInUse }
+	default:
+		b := copyBuffers.Get().(*[]byte)
+		return *b, func() { copyBuffers.Put(b) }
+	}
+}
 
 // uploaded is how the answer names a written file.
 type uploaded struct {
@@ -287,17 +304,17 @@ func (in *intake) take(name string, body io.Reader, size int64) error {
 
 // fill copies a body into a staged file, a full buffer at a time.
 func fill(t *staged, body io.Reader) error {
-	buf := copyBuffers.Get().(*[]byte)
-	defer copyBuffers.Put(buf)
+	buf, giveBack := lendBuffer()
+	defer giveBack()
 	var rerr error
 	for rerr == nil {
 		n := 0
-		for n < len(*buf) && rerr == nil {
+		for n < len(buf) && rerr == nil {
 			var m int
-			m, rerr = body.Read((*buf)[n:])
+			m, rerr = body.Read(buf[n:])
 			n += m
 		}
-		if _, err := t.file.Write((*buf)[:n]); err != nil {
+		if _, err := t.file.Write(buf[:n]); err != nil {
 			return fmt.Errorf("writing '%s': %w", t.path, err)
 		}
 	}
