@@ -23,6 +23,12 @@ func main() {
 	nightly := flag.Bool("nightly", false, "more seeds, repetitions and fuzzing")
 	only := flag.String("only", "", "run only these stages, separated by commas")
 	flag.Parse()
+	if signal.Ignored(syscall.SIGHUP) {
+		// Under nohup: what we start would inherit that, and tests of
+		// terminals would wait for a hang-up that nobody gets. A handler is
+		// not inherited.
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	c := &check{out: os.Stdout, nightly: *nightly, now: time.Now}

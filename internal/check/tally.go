@@ -88,7 +88,7 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 				continue // a package without tests
 			}
 			t.Skipped++
-			why, allow := allowed[name]
+			why, allow := maySkip(pkg, e.Test)
 			if allow {
 				t.reasons = append(t.reasons, fmt.Sprintf("skipped %s: %s", name, why))
 				continue
