@@ -23,7 +23,7 @@ const testLog = `{"Action":"start","Package":"github.com/cayhq/cay/template"}
 {"Action":"run","Package":"github.com/cayhq/cay/template","Test":"TestA"}
 {"Action":"output","Package":"github.com/cayhq/cay/template","Test":"TestA","Output":"noise\n"}
 {"Action":"pass","Package":"github.com/cayhq/cay/template","Test":"TestA/sub","Elapsed":0}
-{"Action":"pass","Package":"github.com/cayhq/cay/template","Test":"TestA","Elapsed":0}
+{"Action":"pass","Package":"github.com/cayhq/cay/template","Test":"TestA","Elapsed":7}
 {"Action":"output","Package":"github.com/cayhq/cay/template","Test":"TestRealBase","Output":"why\n"}
 {"Action":"skip","Package":"github.com/cayhq/cay/template","Test":"TestRealBase","Elapsed":0}
 `
@@ -38,7 +38,7 @@ func TestTally(t *testing.T) {
 	}{
 		{name: "passed, with an allowed skip", ok: true, want: Tally{Passed: 2, Skipped: 1},
 			log:   testLog + `{"Action":"pass","Package":"github.com/cayhq/cay/template","Elapsed":1.5}`,
-			says:  []string{"ok     template                                     1.5s  2 tests"},
+			says:  []string{"ok     template                                     1.5s  2 tests", "       template.TestA                               7.0s\n"},
 			never: "noise"},
 		{name: "a skip without a reason", want: Tally{Passed: 2, Skipped: 2},
 			log: testLog + `{"Action":"output","Package":"github.com/cayhq/cay/template","Test":"TestB","Output":"needs root\n"}

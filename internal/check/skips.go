@@ -7,7 +7,7 @@ import "strings"
 var allowed = map[string]string{
 	"blob/file.TestMemoryKeepsTheContractToo/local_path": "the store in memory has no files; the one in files has that part",
 	"network.TestOnThreadNeverMainThread":                "the scheduler may give the main thread nothing to do, by chance",
-	"template.TestRealBase": "builds from Debian's archive; the whole-program tests do so once, with the real program",
+	"template.TestRealBase":                              "builds from Debian's archive; the whole-program tests do so once, with the real program",
 }
 
 // maySkip returns why a test may be skipped.

@@ -28,6 +28,10 @@ func (t *Tally) explain(w io.Writer) {
 	}
 }
 
+// slow is from how many seconds on a test has a line of its own, so that one
+// sees that something happens.
+const slow = 5
+
 // event is a line of `go test -json`.
 type event struct {
 	Action      string
@@ -78,6 +82,9 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 			if e.Test != "" {
 				t.Passed++
 				count[pkg]++
+				if e.Elapsed >= slow && !strings.Contains(e.Test, "/") {
+					fmt.Fprintf(w, "       %-40s %7.1fs\n", name, e.Elapsed)
+				}
 				continue
 			}
 			fmt.Fprintf(w, "ok     %-40s %7.1fs  %d tests\n", pkg, e.Elapsed, count[pkg])
