@@ -22,7 +22,7 @@ GO_BUILD = go build -trimpath
 ##@ Build
 
 .PHONY: build
-build: deps guest ## build bin/cay and bin/envd
+build: deps guest engine ## build bin/cay and bin/envd
 	@mkdir -p bin
 	@cp -p cmd/cay/guest/envd bin/envd
 	@[ -e bin/cay ] || echo "building bin/cay: the first time compiles gVisor, which takes some minutes"
@@ -36,13 +36,28 @@ guest:
 	@$(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/envd ./cmd/envd
 	@$(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/init ./cmd/init
 
+# The program that sandboxes are processes of, packed. It is compressed only
+# when it has changed, for that takes longer than to build it.
+.PHONY: engine
+engine:
+	@mkdir -p bin
+	@$(GO_BUILD) -ldflags '-s -w' -o bin/engine ./cmd/engine
+	@sum=$$(sha256sum <bin/engine); \
+	if [ ! -e cmd/cay/guest/engine.gz ] || [ "$$sum" != "$$(cat bin/engine.sum 2>/dev/null)" ]; then \
+		gzip -6 -n -c bin/engine >cmd/cay/guest/engine.gz.new; \
+		mv cmd/cay/guest/engine.gz.new cmd/cay/guest/engine.gz; \
+		echo "$$sum" >bin/engine.sum; \
+	fi
+
 .PHONY: build-arm64
 build-arm64: export GOARCH := arm64
 build-arm64: deps ## build bin/linux-arm64/cay and envd
 	@mkdir -p bin/linux-arm64
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/init ./cmd/init
-	@printf '{"Replace":{"cmd/cay/guest/envd":"bin/linux-arm64/envd","cmd/cay/guest/init":"bin/linux-arm64/init"}}' >bin/linux-arm64/overlay.json
+	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/engine ./cmd/engine
+	@gzip -6 -n -f bin/linux-arm64/engine
+	@printf '{"Replace":{"cmd/cay/guest/envd":"bin/linux-arm64/envd","cmd/cay/guest/init":"bin/linux-arm64/init","cmd/cay/guest/engine.gz":"bin/linux-arm64/engine.gz"}}' >bin/linux-arm64/overlay.json
 	@$(GO_BUILD) -overlay bin/linux-arm64/overlay.json -ldflags '$(LDFLAGS)' -o bin/linux-arm64/cay ./cmd/cay
 	@rm bin/linux-arm64/overlay.json
 	@echo "built bin/linux-arm64/cay $(VERSION) ($(COMMIT))"
@@ -60,7 +75,7 @@ check-generated: deps-test ## fail if internal/gen is not what the sources make
 
 .PHONY: clean
 clean: ## remove what was built; caches of Go and npm stay
-	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init
+	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init cmd/cay/guest/engine.gz
 
 ##@ Use
 

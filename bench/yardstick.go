@@ -30,6 +30,7 @@ import (
 // disk, the network and the configuration that the server's sandboxes have.
 type yard struct {
 	dir      string
+	exe      string // the server's engine, which `runsc` is
 	disks    *disk.Disks
 	nets     *network.Pool
 	manifest cay.Manifest
@@ -61,6 +62,9 @@ func (y *yard) open(ctx context.Context, serverDir string) error {
 	files, err := template.Files(ctx, store, y.manifest)
 	if err != nil {
 		return err
+	}
+	if y.exe, err = largestFile(filepath.Join(serverDir, "engine")); err != nil {
+		return fmt.Errorf("finding the server's engine: %w", err)
 	}
 	for _, f := range files {
 		y.layers = append(y.layers, disk.Layer{Digest: f.Digest, File: f.Path})
@@ -121,6 +125,7 @@ func (y *yard) measure(ctx context.Context, b book) (err error) {
 	if err != nil {
 		return err
 	}
+	bare.Exe = y.exe
 	defer func() { err = errors.Join(err, bare.Close()) }()
 	console, err := os.Create(filepath.Join(y.dir, id+".out"))
 	if err != nil {

@@ -8,8 +8,9 @@ import (
 	"github.com/cayhq/cay"
 )
 
-// guestFS holds the binaries that run inside sandboxes. `make build` puts them
-// there first; a plain `go build` leaves them out.
+// guestFS holds the binaries that run inside sandboxes, and the packed one that
+// runs sandboxes. `make build` puts them there first; a plain `go build` leaves
+// them out.
 //
 //go:embed guest
 var guestFS embed.FS

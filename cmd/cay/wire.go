@@ -95,7 +95,7 @@ func (h *host) open(ctx context.Context) error {
 	var eg errgroup.Group
 	undo := make([]func(context.Context) error, 3)
 	for i, part := range []struct{ open, undo func(context.Context) error }{
-		{h.rt.Open, h.rt.Shutdown}, {h.nets.Open, h.nets.Destroy}, {h.disks.Open, h.disks.Release},
+		{h.openEngine, h.rt.Shutdown}, {h.nets.Open, h.nets.Destroy}, {h.disks.Open, h.disks.Release},
 	} {
 		eg.Go(func() error {
 			err := part.open(ctx)

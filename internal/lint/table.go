@@ -39,6 +39,7 @@ var Packages = []Package{
 	{"catalog/catalogtest", Suite, "the proof of catalog"},
 	{"catalog/memory", Adapter, "the live table in one process"},
 	{"cmd/cay", Command, "the product: server, operator's tools, engine"},
+	{"cmd/engine", Command, "the sandboxed engine and its supervisor, as a program"},
 	{"cmd/envd", Command, "the guest's daemon, as a program"},
 	{"cmd/init", Command, "PID 1 of a guest: reaps, supervises envd, never exits"},
 	{"disk", Mechanism, "root directories of sandboxes from shared images and bounded files"},
@@ -72,6 +73,7 @@ var Packages = []Package{
 	{"test/isolation", Test, "what a guest may reach, from inside"},
 	{"test/life", Test, "restarts, leaks, limits and error texts of the whole program"},
 	{"test/program", Test, "runs the real binary on a machine of its own"},
+	{"test/pause", Test, "the whole life of sandboxes: pauses, snapshots, forks, wakes"},
 	{"test/sdk", Test, "the official clients, unmodified, against the whole program"},
 }
 
@@ -145,6 +147,7 @@ var HostPaths = []Exception{
 	{"api/admin.go", "00000000-0000-0000-0000-000000000000", "the contract: the cluster of a control plane that has one"},
 	{"doctor/network.go", "/etc/resolv.conf", "where Linux has it"},
 	{"envd/control.go", "/etc/hostname", "in the guest, where Linux has it"},
+	{"envd/control.go", "/etc/machine-id", "in the guest, written with its name"},
 	{"envd/control.go", "/etc/hosts", "in the guest, where Linux has it"},
 	{"envd/envd.go", "/etc/passwd", "in the guest; a field of Config replaces it"},
 	{"envd/envd.go", "/etc/group", "in the guest; a field of Config replaces it"},

@@ -11,9 +11,13 @@ import (
 )
 
 // Bare is a guest run by gVisor's own command line, with the flags and the spec
-// a [Runtime] would use and this very binary: the yardstick of benchmarks. No
-// supervisor knows of it.
+// a [Runtime] would use and the same program: the yardstick of benchmarks. No
+// supervisor knows of it, and nothing is done ahead or in another way than
+// gVisor does it by itself.
 type Bare struct {
+	// Exe is the program; "" is the one we are.
+	Exe string
+
 	home  home
 	spec  runtime.Spec
 	flags []string
@@ -47,7 +51,11 @@ func NewBare(dir string, s runtime.Spec) (*Bare, error) {
 
 // command is `runsc FLAGS args…`.
 func (b *Bare) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", append(append([]string{}, b.flags...), args...)...)
+	exe := b.Exe
+	if exe == "" {
+		exe = arg0Exe
+	}
+	cmd := exec.CommandContext(ctx, exe, append(append([]string{}, b.flags...), args...)...)
 	cmd.Args[0] = "runsc"
 	return cmd
 }

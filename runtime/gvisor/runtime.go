@@ -32,8 +32,11 @@ import (
 type Runtime struct {
 	// Dir holds the supervisor's socket and the instances: D/run/gvisor.
 	Dir string
-	// Args is the supervisor's command line, for /proc/self/exe. Nil is
-	// "cay supervise --dir Dir". Args[0] must not begin with "runsc".
+	// Exe is the program of the supervisor and of everything it starts; "" is the
+	// one we are. It may be removed while it runs.
+	Exe string
+	// Args is the supervisor's command line. Nil is "cay supervise --dir Dir".
+	// Args[0] must not begin with "runsc".
 	Args []string
 	// Env is the supervisor's environment; nil is an empty one, for the server's
 	// own may hold secrets and the supervisor needs nothing of it.
@@ -230,7 +233,11 @@ func (r *Runtime) startSupervisor() (<-chan error, error) {
 	if args == nil {
 		args = []string{"cay", "supervise", "--dir", string(r.home)}
 	}
-	cmd := exec.Command("/proc/self/exe")
+	exe := r.Exe
+	if exe == "" {
+		exe = arg0Exe
+	}
+	cmd := exec.Command(exe)
 	cmd.Args, cmd.Dir = args, "/"
 	cmd.Env = append([]string{}, r.Env...) // not nil: that would be our own
 	cmd.Stdout, cmd.Stderr = out, out

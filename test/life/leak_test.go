@@ -189,9 +189,9 @@ func TestNothingIsLeft(t *testing.T) {
 }
 
 // kept are the files and directories that `cay down` leaves on purpose: keys,
-// history, logs, templates, and the places for what comes and goes.
+// history, logs, templates, the engine's program, and the places for what comes and goes.
 var kept = []string{"cay.db", "cay.lock", "credentials.json", "log", "blobs", "work", "snapshots",
-	"disk", "disk/disks", "disk/images", "disk/pool", "disk/pool.xfs", "disk/pool/blank", "disk/pool/disk", "disk/pool/saved",
+	"engine", "disk", "disk/disks", "disk/images", "disk/pool", "disk/pool.xfs", "disk/pool/blank", "disk/pool/disk", "disk/pool/saved",
 	"run", "run/orchestrator", "run/gvisor", "run/gvisor/i", "run/gvisor/shared", "run/gvisor/supervisor.lock", "run/gvisor/supervisor.log"}
 
 // keeps reports whether a line of a difference is about one of these, or about
@@ -202,7 +202,7 @@ func keeps(line string) bool {
 	}
 	_, what, _ := strings.Cut(line, " more of file <data>/")
 	path, _, ok := strings.Cut(what, ": ")
-	return ok && (slices.Contains(kept, path) || strings.HasPrefix(path, "blobs/") || strings.HasPrefix(path, "log/"))
+	return ok && (slices.Contains(kept, path) || strings.HasPrefix(path, "blobs/") || strings.HasPrefix(path, "engine/") || strings.HasPrefix(path, "log/"))
 }
 
 // `cay down` works without a server, too, and the next `cay up` after it.
