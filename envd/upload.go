@@ -24,8 +24,8 @@ const (
 	// HTTP. The first few at a time get a large one: in a guest it is the
 	// number of system calls that costs.
 	copyBuffer  = 128 << 10
-	largeBuffer = 1 << 20
-	largeCount  = 6
+	largeBuffer = 256 << 10
+	largeCount  = 4
 	// lingerTime is how long a refused body is still read.
 	lingerTime = 10 * time.Second
 	// maxNames bounds the paths of one upload together, in bytes.

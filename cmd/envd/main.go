@@ -24,7 +24,7 @@ import (
 // limit is soft: it slows a daemon with very many streams, and stops none.
 const (
 	gcPercent   = 50
-	memoryLimit = 24 << 20
+	memoryLimit = 16 << 20
 )
 
 const usage = `envd serves processes, files and watches of this sandbox.

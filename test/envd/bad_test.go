@@ -268,7 +268,7 @@ func TestBrokenUpload(t *testing.T) {
 // A directory with very many entries is listed, or refused with a code; either
 // way envd stays what it was.
 func TestHugeDirectory(t *testing.T) {
-	entries := program.Sized(20_000, 1_000_000)
+	entries := program.Sized(10_000, 1_000_000)
 	b := newBox(t, program.Start(t, program.Options{DiskMB: program.Sized(2560, 6144)}), time.Hour)
 	b.Out(t, fmt.Sprintf(`mkdir /tmp/huge; python3 -c "
 for i in range(%d): open('/tmp/huge/%%d' %% i, 'w').close()"`, entries))
