@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // aheadKinds is how many combinations of layers and size are held ready.
@@ -27,8 +28,13 @@ type ahead struct {
 	wake   chan struct{}
 
 	mu    sync.Mutex
-	kinds []*kind // most recently used first
+	kinds []*kind   // most recently used first
+	last  time.Time // when a disk was given away
 }
+
+// refillAfter is how long the processors are left to whoever took a disk, and
+// now boots a guest, as long as half the disks of the kind are still ready.
+const refillAfter = 250 * time.Millisecond
 
 type kind struct {
 	key   string
@@ -117,6 +123,7 @@ func (a *ahead) take(s Spec) (Root, bool) {
 	var id string
 	if n := len(k.ready); n > 0 {
 		id, k.ready = k.ready[n-1], k.ready[:n-1]
+		a.last = time.Now()
 	}
 	a.mu.Unlock()
 	a.poke()
@@ -195,14 +202,18 @@ func (d *Disks) Prepare(s Spec) error {
 func (a *ahead) fill(ctx context.Context) {
 	for ctx.Err() == nil {
 		a.mu.Lock()
-		i := slices.IndexFunc(a.kinds, func(k *kind) bool { return len(k.ready) < a.d.Ahead })
-		var k *kind
-		if i >= 0 {
-			k = a.kinds[i]
-		}
+		k, wait := a.lacking()
 		a.mu.Unlock()
 		if k == nil {
 			return
+		}
+		if wait > 0 {
+			select {
+			case <-ctx.Done():
+			case <-a.wake: // perhaps nothing is left now
+			case <-time.After(wait):
+			}
+			continue
 		}
 		if err := a.add(ctx, k); err != nil {
 			if ctx.Err() == nil {
@@ -211,6 +222,21 @@ func (a *ahead) fill(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// lacking returns a kind that has too few disks, the emptiest first, and how
+// long to wait before one is made. The caller holds mu.
+func (a *ahead) lacking() (*kind, time.Duration) {
+	var least *kind
+	for _, k := range a.kinds {
+		if len(k.ready) < a.d.Ahead && (least == nil || len(k.ready) < len(least.ready)) {
+			least = k
+		}
+	}
+	if least == nil || 2*len(least.ready) < a.d.Ahead {
+		return least, 0
+	}
+	return least, refillAfter - time.Since(a.last)
 }
 
 func (a *ahead) add(ctx context.Context, k *kind) error {

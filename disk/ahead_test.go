@@ -4,8 +4,10 @@ import (
 	"errors"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // waitReady waits until n disks are held ready, by yielding to the filler.
@@ -140,5 +142,32 @@ func TestKilledWhileGiving(t *testing.T) {
 		}
 		wantIDs(t, second)
 		wantNothingOf(t, second, "a")
+	}
+}
+
+// The filler leaves the processors to a guest that boots, but not at the price
+// of having nothing.
+func TestAheadIsPatient(t *testing.T) {
+	for name, c := range map[string]struct {
+		ready []int // disks of each kind
+		since time.Duration
+		wait  bool
+		kind  int // that is filled
+	}{
+		"one of two was taken just now": {ready: []int{1}, since: 0, wait: true},
+		"and some time ago":             {ready: []int{1}, since: refillAfter},
+		"both were taken":               {ready: []int{0}, since: 0},
+		"another kind has none":         {ready: []int{1, 0}, since: 0, kind: 1},
+		"nothing lacks":                 {ready: []int{2, 2}, since: 0, kind: -1},
+	} {
+		a := newAhead(&Disks{Ahead: 2})
+		for _, n := range c.ready {
+			a.kinds = append(a.kinds, &kind{ready: make([]string, n)})
+		}
+		a.last = time.Now().Add(-c.since)
+		k, wait := a.lacking()
+		if (wait > 0) != c.wait || slices.Index(a.kinds, k) != c.kind {
+			t.Errorf("%s: kind %d after %s", name, slices.Index(a.kinds, k), wait)
+		}
 	}
 }
