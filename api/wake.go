@@ -48,23 +48,21 @@ func (s *Server) Wake(ctx context.Context, k Knock) error {
 		if rec.State.Runs() {
 			return nil
 		}
-		o := s.options(rec)
 		switch rec.State {
-		case cay.StateResuming: // whoever asked for it: in a moment it runs
-		case cay.StatePausing, cay.StatePaused:
+		case cay.StatePausing, cay.StateResuming: // in a moment it is known how that went
+		case cay.StatePaused:
+			o := s.options(rec)
 			if !o.AutoResume || !rec.SnapshotMemory {
 				return errNoSandbox(rec.ID)
 			}
-		default:
-			return errNoSandbox(rec.ID)
-		}
-		if err := s.mayWake(rec, o, k); err != nil {
-			return err
-		}
-		if rec.State == cay.StatePaused {
+			if err := s.mayWake(rec, o, k); err != nil {
+				return err
+			}
 			if err := s.wake(ctx, rec, o); !errors.Is(err, errBusy) {
 				return err
 			}
+		default:
+			return errNoSandbox(rec.ID)
 		}
 		s.life.await(ctx, rec.ID)
 		if ctx.Err() != nil {

@@ -100,6 +100,14 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m
 	if err := o.Disks.Flush(exec); err != nil {
 		return m, 0, err
 	}
+	if q.Pause {
+		// Who comes from now on must not reach a guest that stands still, and
+		// be cut off with it: the proxy holds him back until it is known
+		// whether the sandbox sleeps or runs on.
+		if err := o.Catalog.Delete(ctx, rec.Sandbox, rec.Execution); err != nil {
+			return m, 0, err
+		}
+	}
 	stopped := o.now()
 	if err := o.Runtime.Freeze(ctx, runtime.InstanceID(exec)); err != nil {
 		return m, 0, o.savingDied(g, err)
@@ -170,9 +178,18 @@ func (o *Orchestrator) goOn(ctx context.Context, g *guest) error {
 		o.mu.Unlock()
 		return nil
 	}
+	paused := g.rec.SavePauses
 	g.rec.Saving, g.rec.SavePauses = "", false
 	merr := o.moveLocked(g, running)
 	o.mu.Unlock()
+	if paused { // it was taken out of the catalog
+		o.again("routing a sandbox whose pause failed", g.rec.Execution, func() error {
+			if err := o.publish(ctx, g); cay.CodeOf(err) == cay.CodeInternal {
+				return err
+			}
+			return nil // or it has ended
+		})
+	}
 	select {
 	case <-g.exited: // it died before watch() could see it running
 		o.end(g, g.exit.Reason, g.exit.Message)

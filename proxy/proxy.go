@@ -269,17 +269,35 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		controlRoute(r.URL.Path).write(w, r)
 		return
 	}
+	for again := true; s.pass(w, r, t, again); {
+		again = false
+	}
+}
+
+// pass takes a request to its sandbox. It reports true, instead of answering,
+// when the sandbox went away under the request and the request may be made
+// again: then the sandbox may have been paused, and wake for it.
+func (s *Server) pass(w http.ResponseWriter, r *http.Request, t target, again bool) bool {
 	route, c, err := s.enter(r, t)
 	if err != nil {
 		s.refuse(w, r, t, err)
-		return
+		return false
 	}
 	defer s.up.leave(c)
 	if refusal, ok := admit(r.Header, t, route); !ok {
 		refusal.write(w, r)
-		return
+		return false
 	}
-	s.forward(w, r, t, c)
+	return s.forward(w, r, t, c, again && s.Wake != nil && repeatable(r))
+}
+
+// repeatable reports whether a request may be made twice.
+func repeatable(r *http.Request) bool {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions:
+		return r.ContentLength == 0 && r.Header.Get("Upgrade") == ""
+	}
+	return false
 }
 
 // admit judges the traffic token; envd's port has its own token, which envd
@@ -302,8 +320,9 @@ func admit(h http.Header, t target, route catalog.Route) (answer, bool) {
 	return answer{}, true
 }
 
-// forward takes an admitted request to its sandbox and the answer back.
-func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections) {
+// forward takes an admitted request to its sandbox and the answer back. With
+// again, it reports true when there is no answer because the sandbox went away.
+func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections, again bool) (gone bool) {
 	if r.ProtoMajor == 1 {
 		// Else the server would read the whole body before it sends the
 		// answer's header, and a two-way stream would hang.
@@ -326,10 +345,15 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *co
 				badRequest(w, "the request's body is malformed or ended early")
 				return
 			}
+			if again && s.up.dead(c) && r.Context().Err() == nil {
+				gone = true
+				return
+			}
 			s.failed(w, r, t, c, err)
 		},
 	}
 	rp.ServeHTTP(w, r)
+	return gone
 }
 
 // clientBody notes that the client's body is at fault, so that the sandbox is

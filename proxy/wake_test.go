@@ -172,3 +172,39 @@ func TestParkingIsBounded(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// A sandbox is paused under a request: one that may be made again is, when the
+// sandbox is awake.
+func TestRequestOverAPause(t *testing.T) {
+	var w *world
+	var route catalog.Route
+	next := cay.NewExecutionID()
+	w = newWorld(t, func(s *Server) {
+		s.Wake = func(context.Context, WakeRequest) error {
+			r := route
+			r.Execution = next
+			return w.cat.Put(t.Context(), r)
+		}
+	})
+	route = w.sandbox(nil)
+	var served atomic.Int32
+	w.guest(route, 8000, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if served.Add(1)%2 == 1 {
+			first := route
+			if served.Load() > 2 {
+				first.Execution = next
+				next = cay.NewExecutionID()
+			}
+			w.end(first)
+			<-r.Context().Done() // it is cut off
+			return
+		}
+		_, _ = io.WriteString(rw, "awake")
+	}))
+	if res, body := w.do(w.request("GET", "/", route, 8000, nil)); res.StatusCode != 200 || body != "awake" || served.Load() != 2 {
+		t.Errorf("GET: %d %q after %d tries", res.StatusCode, body, served.Load())
+	}
+	if res, body := w.do(w.request("POST", "/", route, 8000, strings.NewReader("x"))); res.StatusCode != 502 || served.Load() != 3 {
+		t.Errorf("POST: %d %q after %d tries", res.StatusCode, body, served.Load())
+	}
+}
