@@ -25,7 +25,6 @@ GO_BUILD = go build -trimpath
 build: deps guest engine ## build bin/cay and bin/envd
 	@mkdir -p bin
 	@cp -p cmd/cay/guest/envd bin/envd
-	@[ -e bin/cay ] || echo "building bin/cay: the first time compiles gVisor, which takes some minutes"
 	@$(GO_BUILD) -ldflags '$(LDFLAGS)' -o bin/cay ./cmd/cay
 	@echo "built bin/cay $(VERSION) ($(COMMIT)): $$(du -m --apparent-size bin/cay | cut -f1) MiB"
 
@@ -41,6 +40,7 @@ guest:
 .PHONY: engine
 engine:
 	@mkdir -p bin
+	@[ -e bin/engine ] || echo "building: the first time compiles gVisor, which takes some minutes"
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/engine ./cmd/engine
 	@sum=$$(sha256sum <bin/engine); \
 	if [ ! -e cmd/cay/guest/engine.gz ] || [ "$$sum" != "$$(cat bin/engine.sum 2>/dev/null)" ]; then \
@@ -75,7 +75,7 @@ check-generated: deps-test ## fail if internal/gen is not what the sources make
 
 .PHONY: clean
 clean: ## remove what was built; caches of Go and npm stay
-	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init cmd/cay/guest/engine.gz
+	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init cmd/cay/guest/engine.gz cmd/cay/guest/engine.gz
 
 ##@ Use
 

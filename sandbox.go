@@ -36,7 +36,7 @@ func NewExecutionID() ExecutionID { return ExecutionID("x" + randomID(16)) }
 // SandboxState is where a sandbox is in its life.
 type SandboxState string
 
-// The states. DESIGN.md of package api says what each means; [SandboxState.May]
+// The states. api/DESIGN.md says what each means; [SandboxState.May]
 // which moves there are.
 const (
 	StateStarting     SandboxState = "starting"     // being made, or made from a snapshot, for the first time

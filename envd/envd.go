@@ -31,7 +31,7 @@ import (
 )
 
 // Version is what envd reports: the newest upstream version whose clients'
-// feature gates all hold here (docs/envd.md has the table).
+// feature gates all hold here (docs/compatibility.md has the table).
 const Version = "0.6.13"
 
 // Ports of envd. Port is the E2B contract's; ControlPort is Cay's own.

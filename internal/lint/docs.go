@@ -107,6 +107,34 @@ func deadLink(fsys fs.FS, docs map[string]string, from, to string) string {
 	return ""
 }
 
+// document is how a comment names a document of the module.
+var document = regexp.MustCompile(`[A-Za-z0-9_./-]+\.md\b`)
+
+// CheckComments finds documents that comments name and that do not exist, in
+// the package's directory or in the root. "e2b.md" is the wire contract, which
+// is not ours to publish.
+func CheckComments(fsys fs.FS, t *Tree) []Finding {
+	var out []Finding
+	for _, d := range t.Dirs {
+		for _, f := range d.Files {
+			if ast.IsGenerated(f.AST) {
+				continue
+			}
+			for _, group := range f.AST.Comments {
+				for _, name := range document.FindAllString(group.Text(), -1) {
+					_, here := fs.Stat(fsys, path.Join(d.Path, name))
+					_, top := fs.Stat(fsys, path.Clean(name))
+					if here != nil && top != nil && path.Base(name) != "e2b.md" {
+						out = append(out, Finding{fmt.Sprintf("%s:%d", f.Name, t.Fset.Position(group.Pos()).Line),
+							fmt.Sprintf("the comment names %s, which does not exist", name)})
+					}
+				}
+			}
+		}
+	}
+	return out
+}
+
 // testName is how a document names a Go test: its directory, a dot, the
 // function, and perhaps a subtest.
 var testName = regexp.MustCompile("`([A-Za-z0-9_./-]*?)\\.((?:Test|Fuzz|Benchmark)[A-Za-z0-9_]*)(?:/[^`]*)?`")

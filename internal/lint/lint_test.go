@@ -71,6 +71,7 @@ func TestDocuments(t *testing.T) {
 	report(t, slices.Concat(
 		lint.CheckLinks(os.DirFS(root), docs),
 		lint.CheckTests(tree(t), docs),
+		lint.CheckComments(os.DirFS(root), tree(t)),
 		lint.CheckPromises("docs/promises.md", docs["docs/promises.md"])))
 }
 

@@ -255,6 +255,23 @@ func TestNegativeDocuments(t *testing.T) {
 	}
 }
 
+func TestNegativeComments(t *testing.T) {
+	fsys := fstest.MapFS{
+		"x/x.go":         {Data: []byte("// Package x: see DESIGN.md, docs/a.md and contract/e2b.md.\npackage x\n\n// Y is in docs/gone.md.\nconst Y = \"no.md\"\n")},
+		"x/DESIGN.md":    {},
+		"docs/a.md":      {},
+		"docs/y/gone.md": {},
+	}
+	tr, err := lint.Load(fsys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []lint.Finding{{Where: "x/x.go:4", Text: "the comment names docs/gone.md, which does not exist"}}
+	if diff := gocmp.Diff(want, lint.CheckComments(fsys, tr)); diff != "" {
+		t.Errorf("findings (-want +got):\n%s", diff)
+	}
+}
+
 func TestNegativePromises(t *testing.T) {
 	for _, c := range []struct{ text, want string }{
 		{"## P1 Held\n\nBy `x.TestA`.\n\n## Not yet\n", ""},
