@@ -36,7 +36,7 @@ var (
 	copyBuffers  = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
 	largeBuffers = sync.Pool{New: func() any { b := make([]byte, largeBuffer); return &b }}
 	largeInUse   = make(chan struct{}, largeCount)
-	bodyReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
+	bodyReaders  = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
 )
 
 // lendBuffer lends a buffer for a transfer, until giveBack is called.
