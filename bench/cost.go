@@ -222,7 +222,7 @@ func (g guestGroups) cost() (cost, error) {
 	if err != nil {
 		return c, err
 	}
-	for _, pid := range guests {
+	for _, pid := range addressSpaces(guests) {
 		name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // one that has ended has no memory either
 		c.pss.add(string(name), pssOf(pid))
 	}
@@ -230,6 +230,23 @@ func (g guestGroups) cost() (cost, error) {
 		c.server += pssOf(pid)
 	}
 	return c, nil
+}
+
+// addressSpaces leaves out processes that share the memory of an earlier one:
+// the kernel reports all of it for each. gVisor's threads that run guest code
+// are such processes. Where the kernel cannot compare, nothing is left out.
+func addressSpaces(pids []int) []int {
+	const kcmpVM = 1 // of kcmp(2)
+	var out []int
+	for _, pid := range pids {
+		if !slices.ContainsFunc(out, func(other int) bool {
+			r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(other), uintptr(pid), kcmpVM, 0, 0, 0)
+			return errno == 0 && r == 0
+		}) {
+			out = append(out, pid)
+		}
+	}
+	return out
 }
 
 // pssOf is a process's memory in bytes, each shared page divided by the number

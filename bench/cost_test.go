@@ -2,10 +2,14 @@ package main
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // write makes files below dir, by path.
@@ -113,5 +117,28 @@ func TestParseProcessTime(t *testing.T) {
 		if _, err := parseProcessTime(bad); err == nil {
 			t.Errorf("%q was accepted", bad)
 		}
+	}
+}
+
+// A thread shares the memory of its process, as a process may with another one.
+func TestAddressSpaces(t *testing.T) {
+	child := exec.Command("sleep", "60")
+	if err := child.Start(); err != nil {
+		t.Skip(err)
+	}
+	defer func() { _ = child.Process.Kill(); _ = child.Wait() }()
+	thread, done := make(chan int), make(chan struct{})
+	defer close(done)
+	go func() {
+		runtime.LockOSThread()
+		thread <- unix.Gettid()
+		<-done
+	}()
+	us, shared, other := os.Getpid(), <-thread, child.Process.Pid
+	if _, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(us), uintptr(shared), 1, 0, 0, 0); errno != 0 {
+		t.Skipf("this kernel does not compare: %v", errno)
+	}
+	if got := addressSpaces([]int{us, shared, other, us}); !slices.Equal(got, []int{us, other}) {
+		t.Errorf("of %d, its thread %d and its child %d, %v are counted", us, shared, other, got)
 	}
 }
