@@ -70,6 +70,9 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	endless := st.Size == 0 && n > 0
+	if enc == "gzip" && plain && dense(f, st.Size) {
+		enc = "" // it would take much longer and save nothing
+	}
 	if n == 0 && st.Size == 0 && enc == "gzip" && plain {
 		enc = "" // nothing to compress; clients look for a length of zero
 	}
@@ -105,6 +108,37 @@ var gzipWriters = sync.Pool{New: func() any {
 	z, _ := gzip.NewWriterLevel(io.Discard, gzip.BestSpeed)
 	return z
 }}
+
+// sampleSize is how much of a file is tried.
+const sampleSize = 32 << 10
+
+// counter counts what is written to it.
+type counter int
+
+func (c *counter) Write(p []byte) (int, error) { *c += counter(len(p)); return len(p), nil }
+
+// dense reports whether compression saves less than a sixteenth of a piece in
+// the middle of a file, as of one that is compressed already. A small file is
+// not worth the question.
+func dense(f io.ReaderAt, size int64) bool {
+	if size < 2*sampleSize {
+		return false
+	}
+	buf := copyBuffers.Get().(*[]byte)
+	defer copyBuffers.Put(buf)
+	n, err := f.ReadAt((*buf)[:sampleSize], (size-sampleSize)/2)
+	if err != nil {
+		return false // the transfer itself will tell
+	}
+	var c counter
+	z := gzipWriters.Get().(*gzip.Writer)
+	defer gzipWriters.Put(z)
+	z.Reset(&c)
+	if _, err := z.Write((*buf)[:n]); err != nil || z.Close() != nil {
+		return false
+	}
+	return int(c) > n-n/16
+}
 
 // copyOut sends a body and reports whether it is all there.
 func copyOut(w io.Writer, body io.Reader, compress bool) bool {
