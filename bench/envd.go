@@ -225,13 +225,15 @@ func (a *again) Read(p []byte) (int, error) {
 
 const filePath = "/home/user/transfer"
 
-func (c *client) transferRequest(ctx context.Context, sbx box, method string, body io.Reader) (*http.Response, error) {
+func (c *client) transferRequest(ctx context.Context, sbx box, method string, body io.Reader, size int64) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, c.proxy+"/files?path="+url.QueryEscape(filePath), body)
 	if err != nil {
 		return nil, err
 	}
 	req.Header = inside(sbx)
 	req.Header.Set("Content-Type", "application/octet-stream")
+	req.Header.Set("Accept-Encoding", "identity") // the stream beside it is not compressed either
+	req.ContentLength = size
 	patient := *c.http
 	patient.Timeout = 0 // a transfer may take its time
 	resp, err := patient.Do(req)
@@ -244,7 +246,7 @@ func (c *client) transferRequest(ctx context.Context, sbx box, method string, bo
 }
 
 func (c *client) upload(ctx context.Context, sbx box, n int64, piece []byte) error {
-	resp, err := c.transferRequest(ctx, sbx, http.MethodPost, io.LimitReader(&again{piece: piece}, n))
+	resp, err := c.transferRequest(ctx, sbx, http.MethodPost, io.LimitReader(&again{piece: piece}, n), n)
 	if err != nil {
 		return err
 	}
@@ -252,7 +254,7 @@ func (c *client) upload(ctx context.Context, sbx box, n int64, piece []byte) err
 }
 
 func (c *client) download(ctx context.Context, sbx box, n int64) error {
-	resp, err := c.transferRequest(ctx, sbx, http.MethodGet, nil)
+	resp, err := c.transferRequest(ctx, sbx, http.MethodGet, nil, 0)
 	if err != nil {
 		return err
 	}
