@@ -146,7 +146,7 @@ const scenarios = {
     await t.says('gone')
     await t.type('printf "\\033[31mred\\033[0m ✓\\n"; ls --color=always -d /tmp\n')
     await t.says('\x1b[31mred\x1b[0m ✓')
-    await t.type('\x04')
+    await t.type('exit 0\n')
     await t.handle.wait().catch(() => {})
   },
   'pty connect': async () => {

@@ -271,8 +271,8 @@ async def pty_jobs():
     await t.says("gone")
     await t.type('printf "\\033[31mred\\033[0m ✓\\n"; ls --color=always -d /tmp\n')
     await t.says("\x1b[31mred\x1b[0m ✓")
-    await t.type("\x04")
-    await asyncio.wait([t.end], timeout=10)
+    await t.type("exit 0\n")
+    await asyncio.wait([t.end], timeout=20)
     assert t.end.done(), "the shell has not ended"
 
 
