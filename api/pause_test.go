@@ -77,7 +77,7 @@ func TestPauseAndConnect(t *testing.T) {
 		}
 		again := f.record(id)
 		if again.State != cay.StateRunning || again.Execution == rec.Execution || again.Snapshot != "" || !again.PausedAt.IsZero() ||
-			again.Deadline.Sub(time.Now()) != 50*time.Second || again.MaxDeadline.Sub(time.Now()) != 24*time.Hour {
+			time.Until(again.Deadline) != 50*time.Second || time.Until(again.MaxDeadline) != 24*time.Hour {
 			t.Errorf("record after the resume: %+v", again)
 		}
 		synctest.Wait()
@@ -257,20 +257,20 @@ func TestAutoPause(t *testing.T) {
 
 		// While it cannot be paused it runs on.
 		f.want(201, f.request("POST", sandboxPath(id, "/connect"), `{"timeout":10}`))
-		tries := 0
+		var tries atomic.Int64
 		f.node.onSave = func(context.Context, cay.SandboxID, cay.SaveRequest) error {
-			if tries++; tries < 4 {
+			if tries.Add(1) < 4 {
 				return &cay.Error{Code: cay.CodeCheckpointFailed, Layer: cay.LayerRuntime, Message: "the guest is busy"}
 			}
 			return nil
 		}
 		time.Sleep(10*time.Second + 500*time.Millisecond)
-		if rec := f.record(id); rec.State != cay.StateRunning || tries == 0 || !f.node.has(id) {
-			t.Errorf("after a pause that failed: %s, %d tries", rec.State, tries)
+		if rec := f.record(id); rec.State != cay.StateRunning || tries.Load() == 0 || !f.node.has(id) {
+			t.Errorf("after a pause that failed: %s, %d tries", rec.State, tries.Load())
 		}
 		time.Sleep(20 * time.Second)
-		if rec := f.record(id); rec.State != cay.StatePaused || tries != 4 {
-			t.Errorf("after a pause that worked: %s, %d tries", rec.State, tries)
+		if rec := f.record(id); rec.State != cay.StatePaused || tries.Load() != 4 {
+			t.Errorf("after a pause that worked: %s, %d tries", rec.State, tries.Load())
 		}
 	})
 }
