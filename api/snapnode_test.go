@@ -20,7 +20,8 @@ type fakeSnapshots struct {
 
 	snaps  map[cay.SnapshotID]fakeSnapshot
 	memory map[cay.SandboxID]int
-	unfit  string // why no memory can be restored
+	frozen map[cay.SandboxID]bool // being paused
+	unfit  string                 // why no memory can be restored
 }
 
 type fakeSnapshot struct {
@@ -29,7 +30,7 @@ type fakeSnapshot struct {
 }
 
 func newFakeSnapshots() fakeSnapshots {
-	return fakeSnapshots{snaps: map[cay.SnapshotID]fakeSnapshot{}, memory: map[cay.SandboxID]int{}}
+	return fakeSnapshots{snaps: map[cay.SnapshotID]fakeSnapshot{}, memory: map[cay.SandboxID]int{}, frozen: map[cay.SandboxID]bool{}}
 }
 
 type started struct {
@@ -84,9 +85,13 @@ func (n *fakeNode) Save(ctx context.Context, id cay.SandboxID, q cay.SaveRequest
 		m.Memory = []cay.SnapshotPart{{Name: "memory", SizeBytes: 5}}
 	}
 	n.snaps[q.Snapshot] = fakeSnapshot{m, n.memory[id]}
+	n.frozen[id] = q.Pause
 	n.mu.Unlock()
 	if n.saved != nil {
 		if err := n.saved(id, q); err != nil {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			delete(n.frozen, id)
 			return cay.Snapshot{}, err
 		}
 	}
@@ -95,6 +100,7 @@ func (n *fakeNode) Save(ctx context.Context, id cay.SandboxID, q cay.SaveRequest
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	delete(n.frozen, id)
 	if n.live[id].ExecutionID != s.ExecutionID {
 		return m, nil // killed meanwhile; the snapshot is whole
 	}
@@ -142,7 +148,7 @@ func (n *fakeNode) snapshotIDs() []cay.SnapshotID {
 func (n *fakeNode) write(id cay.SandboxID, v int) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, ok := n.live[id]; ok {
+	if _, ok := n.live[id]; ok && !n.frozen[id] {
 		n.memory[id] = v
 		return true
 	}
@@ -153,5 +159,5 @@ func (n *fakeNode) read(id cay.SandboxID) (int, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	_, ok := n.live[id]
-	return n.memory[id], ok
+	return n.memory[id], ok && !n.frozen[id]
 }
