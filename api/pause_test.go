@@ -237,6 +237,14 @@ func TestGuestDiesWhilePausing(t *testing.T) {
 
 func TestAutoPause(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fixture) {
+		var busy atomic.Bool // the first three tries fail
+		var tries atomic.Int64
+		f.node.onSave = func(context.Context, cay.SandboxID, cay.SaveRequest) error {
+			if busy.Load() && tries.Add(1) < 4 {
+				return &cay.Error{Code: cay.CodeCheckpointFailed, Layer: cay.LayerRuntime, Message: "the guest is busy"}
+			}
+			return nil
+		}
 		defer f.run()()
 		id := f.create(`{"templateID":"base","timeout":10,"autoPause":true,"autoResume":{"enabled":true}}`)
 		disk := f.create(`{"templateID":"base","timeout":10,"autoPause":true,"autoPauseMemory":false}`)
@@ -257,13 +265,7 @@ func TestAutoPause(t *testing.T) {
 
 		// While it cannot be paused it runs on.
 		f.want(201, f.request("POST", sandboxPath(id, "/connect"), `{"timeout":10}`))
-		var tries atomic.Int64
-		f.node.onSave = func(context.Context, cay.SandboxID, cay.SaveRequest) error {
-			if tries.Add(1) < 4 {
-				return &cay.Error{Code: cay.CodeCheckpointFailed, Layer: cay.LayerRuntime, Message: "the guest is busy"}
-			}
-			return nil
-		}
+		busy.Store(true)
 		time.Sleep(10*time.Second + 500*time.Millisecond)
 		if rec := f.record(id); rec.State != cay.StateRunning || tries.Load() == 0 || !f.node.has(id) {
 			t.Errorf("after a pause that failed: %s, %d tries", rec.State, tries.Load())
