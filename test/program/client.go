@@ -138,6 +138,13 @@ func (c *Client) Make(t testing.TB, life time.Duration, more map[string]any) *Sa
 	return s
 }
 
+// Own makes the client the one that asks for the sandbox, which came in an
+// answer to it.
+func (c *Client) Own(s *Sandbox) *Sandbox {
+	s.client = c
+	return s
+}
+
 // Kill ends the sandbox.
 func (s *Sandbox) Kill(ctx context.Context) error {
 	return s.client.Call(ctx, http.MethodDelete, "/sandboxes/"+s.ID, nil, nil)
