@@ -194,7 +194,9 @@ func (i *instance) restore(dir string) error {
 	if err != nil {
 		return err
 	}
+	i.setBegun(true)
 	if err := c.Restore(conf, dir, false, false, nil); err != nil {
+		i.setBegun(false)
 		return i.restoreError(err)
 	}
 	i.ask()

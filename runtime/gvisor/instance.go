@@ -45,6 +45,7 @@ type instance struct {
 	gofer   *process
 	console *console
 	killed  bool // Kill was asked for
+	begun   bool // the guest may have run, also before that is on record
 	bereft  bool // the gofer was killed before the sentry ended
 	removed bool
 	// guest is PID 1's status as the engine reported it; asked is closed when
@@ -184,11 +185,21 @@ func (i *instance) start() error {
 	if err != nil {
 		return err
 	}
+	i.setBegun(true)
 	if err := c.Start(conf); err != nil {
+		i.setBegun(false)
 		return i.startError(err)
 	}
 	i.ask()
 	return i.setState(runtime.Running)
+}
+
+// setBegun notes that the guest may be running: its end can be seen before its
+// start has returned.
+func (i *instance) setBegun(yes bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.begun = yes
 }
 
 // startError says which part of a start failed.
@@ -313,7 +324,7 @@ func (i *instance) end(ws unix.WaitStatus, reaped bool) {
 		e.Reason, e.Code, e.Message = cay.EndOOM, 137, "the guest used more memory than its limit, and the kernel ended the engine"
 	case pids > 0:
 		e.Reason, e.Message = cay.EndPIDs, fmt.Sprintf("the guest's processes exhausted the limit on host tasks (%d forks refused)", pids)
-	case reaped && ws.Exited() && i.rec.State == runtime.Running && tailOf(i.layout.panicLog) == "":
+	case reaped && ws.Exited() && (i.begun || i.rec.State == runtime.Running) && tailOf(i.layout.panicLog) == "":
 		// PID 1 ended before the engine could answer askExit; the engine
 		// exits with the guest's status.
 		e.Reason, e.Code, e.Message = cay.EndGuestExit, ws.ExitStatus(), "PID 1 of the guest "+describe(ws)
