@@ -222,10 +222,13 @@ func (f *fakeServer) apiHandler() http.Handler {
 			Sandboxes: operator.SandboxCounts{Running: 2, Starting: 1},
 			Node:      operator.NodeInfo{Id: "local", Version: "0.1.0", Runtime: "gvisor", RuntimeVersion: "v0.0.0-1", Cpus: 8, MemoryBytes: 16 << 30, PoolReady: 2}})
 	}))
+	f.pauseHandlers(m, team, admin)
 	m.HandleFunc("GET /operator/v1/sandboxes/{id}", admin(func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")
 		rec := operator.SandboxRecord{SandboxID: id, TeamID: fakeTeam, TemplateID: "tttttttttttttttttttt", Alias: "base", BuildID: "b1", NodeID: "local", State: "running",
-			Resources: operator.Resources{Cpus: 2, MemoryMB: 1024, DiskMB: 10240}, Metadata: map[string]string{}, CreatedAt: fakeNow.Add(-time.Minute), EndAt: fakeNow.Add(time.Minute)}
+			Resources: operator.Resources{Cpus: 2, MemoryMB: 1024, DiskMB: 10240}, Metadata: map[string]string{}, Parent: open, Origin: "s1",
+			History:   []operator.Happening{{Timestamp: fakeNow.Add(-time.Second), Type: "sandbox.paused", Message: "sandbox paused, with its memory"}},
+			CreatedAt: fakeNow.Add(-time.Minute), EndAt: fakeNow.Add(time.Minute)}
 		switch id {
 		case guarded:
 			reply(w, 200, operator.SandboxInspection{Record: rec, Node: &operator.NodeSandbox{ExecutionID: "x1", State: "running", Adopted: true, EnvdVersion: "0.6.13",

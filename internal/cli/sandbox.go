@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -28,7 +29,8 @@ func (c *CLI) sandboxCmd() *cobra.Command {
   cay sandbox logs -f ID
   cay sandbox kill --all`,
 	}
-	cmd.AddCommand(c.listCmd(), c.infoCmd(), c.execCmd(), c.logsCmd(), c.killCmd(), c.inspectCmd())
+	cmd.AddCommand(c.listCmd(), c.infoCmd(), c.execCmd(), c.logsCmd(), c.killCmd(), c.inspectCmd(),
+		c.pauseCmd(), c.resumeCmd(), c.forkCmd(), c.snapshotOfCmd(), c.treeCmd(), c.explainCmd())
 	return cmd
 }
 
@@ -65,7 +67,7 @@ func (c *CLI) listCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "list",
 		Aliases: []string{"ls"},
-		Short:   "List running sandboxes",
+		Short:   "List sandboxes, running and paused",
 		Example: `  cay sandbox list
   cay sandbox list --metadata user=alice
   cay sandbox kill $(cay sandbox list -q --metadata ci=1)`,
@@ -97,7 +99,7 @@ func (c *CLI) listCmd() *cobra.Command {
 					meta = labels(*s.Metadata)
 				}
 				rows = append(rows, []string{s.SandboxID, templateOf(s.Alias, s.TemplateID), string(s.State), fmt.Sprint(s.CpuCount),
-					fmt.Sprintf("%d MiB", s.MemoryMB), ago(c.now().Sub(s.StartedAt)) + " ago", "in " + ago(s.EndAt.Sub(c.now())), meta})
+					fmt.Sprintf("%d MiB", s.MemoryMB), ago(c.now().Sub(s.StartedAt)) + " ago", c.ends(s.State, s.EndAt), meta})
 			}
 			if quiet {
 				return nil
@@ -109,6 +111,14 @@ func (c *CLI) listCmd() *cobra.Command {
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
 	cmd.Flags().StringToStringVarP(&metadata, "metadata", "m", nil, "only those with these labels, as key=value")
 	return cmd
+}
+
+// ends says when a sandbox ends; a paused one does not.
+func (c *CLI) ends(state api.SandboxState, at time.Time) string {
+	if state == api.Paused {
+		return "paused " + ago(c.now().Sub(at)) + " ago"
+	}
+	return "in " + ago(at.Sub(c.now()))
 }
 
 func (c *CLI) infoCmd() *cobra.Command {
@@ -144,7 +154,7 @@ func (c *CLI) infoCmd() *cobra.Command {
 			}
 			return writePairs(c.Out, [][2]string{{"Sandbox", s.SandboxID}, {"State", string(s.State)}, {"Template", templateOf(s.Alias, s.TemplateID)},
 				{"Limits", fmt.Sprintf("%d CPUs, %d MiB memory, %d MiB disk", s.CpuCount, s.MemoryMB, s.DiskSizeMB)},
-				{"Started", instant(s.StartedAt)}, {"Ends", fmt.Sprintf("%s (in %s)", instant(s.EndAt), ago(s.EndAt.Sub(c.now())))},
+				{"Started", instant(s.StartedAt)}, {"Ends", fmt.Sprintf("%s (%s)", instant(s.EndAt), c.ends(s.State, s.EndAt))},
 				{"Metadata", meta}, {"Internet", internet}, {"Guarded", guarded}, {"envd", s.EnvdVersion}})
 		},
 	}
@@ -321,18 +331,8 @@ func (c *CLI) printInspection(in inspection, lines int) error {
 	if err := writePairs(c.Out, pairs); err != nil {
 		return err
 	}
-	if len(in.Trace) > 0 {
-		fmt.Fprintln(c.Out)
-		var rows [][]string
-		var sum float64
-		for _, s := range in.Trace {
-			sum += s.TookMs
-			rows = append(rows, []string{s.Name, s.Layer, fmt.Sprintf("%.1f ms", s.TookMs), s.Error})
-		}
-		rows = append(rows, []string{"sum", "", fmt.Sprintf("%.1f ms", sum), ""})
-		if err := writeTable(c.Out, "START\tLAYER\tTOOK\tERROR", rows); err != nil {
-			return err
-		}
+	if err := c.printTrace(in.Trace); err != nil {
+		return err
 	}
 	tail := in.Console[max(0, len(in.Console)-max(0, lines)):]
 	if len(tail) > 0 {
@@ -342,4 +342,20 @@ func (c *CLI) printInspection(in inspection, lines int) error {
 		}
 	}
 	return nil
+}
+
+// printTrace prints the steps of a start, if they are known.
+func (c *CLI) printTrace(steps []operator.StartStep) error {
+	if len(steps) == 0 {
+		return nil
+	}
+	fmt.Fprintln(c.Out)
+	var rows [][]string
+	var sum float64
+	for _, s := range steps {
+		sum += s.TookMs
+		rows = append(rows, []string{s.Name, s.Layer, fmt.Sprintf("%.1f ms", s.TookMs), s.Error})
+	}
+	rows = append(rows, []string{"sum", "", fmt.Sprintf("%.1f ms", sum), ""})
+	return writeTable(c.Out, "START\tLAYER\tTOOK\tERROR", rows)
 }

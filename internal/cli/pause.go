@@ -1,0 +1,382 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/gen/api"
+	"github.com/cayhq/cay/internal/gen/operator"
+)
+
+// perSandbox makes a command that does one thing with each sandbox named, and
+// prints the ID of each with which it was done.
+func (c *CLI) perSandbox(cmd *cobra.Command, do func(context.Context, *Client, string) error) *cobra.Command {
+	cmd.Args = cobra.MinimumNArgs(1)
+	cmd.ValidArgsFunction = c.sandboxIDs
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		client, err := c.connect(cmd)
+		if err != nil {
+			return err
+		}
+		var errs []error
+		for _, id := range ids {
+			if err := do(cmd.Context(), client, id); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			fmt.Fprintln(c.Out, id)
+		}
+		return errors.Join(errs...)
+	}
+	return cmd
+}
+
+func (c *CLI) pauseCmd() *cobra.Command {
+	var disk bool
+	cmd := c.perSandbox(&cobra.Command{
+		Use:   "pause SANDBOX...",
+		Short: "Save sandboxes and stop them; they use no memory then",
+		Long: `Saves sandboxes and stops them. The ID of each is printed when it is on disk; one
+that cannot be saved runs on. A paused sandbox has no end.`,
+		Example: "  cay sandbox pause i1a2b3c4d5e6f7g8h9j0k\n  cay sandbox pause --disk-only ID",
+	}, func(ctx context.Context, client *Client, id string) error { return client.Pause(ctx, id, !disk) })
+	cmd.Flags().BoolVar(&disk, "disk-only", false, "save the files alone, and start anew from them")
+	return cmd
+}
+
+// Pause saves a sandbox and stops it.
+func (c *Client) Pause(ctx context.Context, id string, memory bool) error {
+	r, err := c.api.PauseSandboxWithResponse(ctx, id, api.PauseSandboxJSONRequestBody{Memory: &memory})
+	if err != nil {
+		return c.unreachable(err)
+	}
+	return answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent)
+}
+
+func (c *CLI) resumeCmd() *cobra.Command {
+	var seconds int32
+	var cold bool
+	cmd := c.perSandbox(&cobra.Command{
+		Use:     "resume SANDBOX...",
+		Short:   "Start paused sandboxes where they were",
+		Example: "  cay sandbox resume i1a2b3c4d5e6f7g8h9j0k\n  cay sandbox resume --cold --timeout 3600 ID",
+	}, func(ctx context.Context, client *Client, id string) error {
+		return client.Resume(ctx, id, seconds, cold)
+	})
+	cmd.Flags().Int32VarP(&seconds, "timeout", "t", 300, "seconds that it lives from then on")
+	cmd.Flags().BoolVar(&cold, "cold", false, "start from the files alone, though the memory was saved")
+	return cmd
+}
+
+// Resume starts a paused sandbox; one that runs lives at least for the time.
+func (c *Client) Resume(ctx context.Context, id string, seconds int32, cold bool) error {
+	body := api.ConnectSandboxV2JSONRequestBody{Timeout: &seconds}
+	if cold {
+		body.Memory = new(bool)
+	}
+	r, err := c.api.ConnectSandboxV2WithResponse(ctx, id, body)
+	if err != nil {
+		return c.unreachable(err)
+	}
+	if r.StatusCode() == http.StatusOK {
+		return nil
+	}
+	return answered(r.HTTPResponse, r.JSONDefault, http.StatusCreated)
+}
+
+func (c *CLI) forkCmd() *cobra.Command {
+	var count, seconds int32
+	cmd := &cobra.Command{
+		Use:   "fork SANDBOX",
+		Short: "Make copies of a running sandbox",
+		Long: `Makes copies of a running sandbox, which goes on. Each has its memory and its
+files as they are now, and an identity of its own. The ID of each is printed.`,
+		Example:           "  cay sandbox fork --count 4 i1a2b3c4d5e6f7g8h9j0k",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: c.firstSandboxID,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := client.api.ForkSandboxWithResponse(cmd.Context(), args[0], api.ForkSandboxJSONRequestBody{Count: &count, Timeout: &seconds})
+			if err != nil {
+				return client.unreachable(err)
+			}
+			forks, err := body(r.JSON201, r.HTTPResponse, r.JSONDefault, http.StatusCreated)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, f := range forks {
+				if f.Sandbox != nil {
+					fmt.Fprintln(c.Out, f.Sandbox.SandboxID)
+				} else if f.Error != nil {
+					errs = append(errs, &cay.Error{Code: cay.CodeInternal, Layer: cay.LayerPlacement, Message: "a fork was not made: " + f.Error.Message})
+				}
+			}
+			return errors.Join(errs...)
+		},
+	}
+	cmd.Flags().Int32VarP(&count, "count", "n", 1, "how many")
+	cmd.Flags().Int32VarP(&seconds, "timeout", "t", 300, "seconds that each lives")
+	return cmd
+}
+
+func (c *CLI) snapshotOfCmd() *cobra.Command {
+	var name string
+	cmd := &cobra.Command{
+		Use:   "snapshot SANDBOX",
+		Short: "Keep a running sandbox as it is now, to make others from",
+		Long: `Makes a snapshot of a running sandbox, which goes on. What is printed can be used
+as the template of new sandboxes.`,
+		Example:           "  cay sandbox snapshot --name warm:v2 i1a2b3c4d5e6f7g8h9j0k",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: c.firstSandboxID,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			var q api.CreateSnapshotJSONRequestBody
+			if name != "" {
+				q.Name = &name
+			}
+			r, err := client.api.CreateSnapshotWithResponse(cmd.Context(), args[0], q)
+			if err != nil {
+				return client.unreachable(err)
+			}
+			made, err := body(r.JSON201, r.HTTPResponse, r.JSONDefault, http.StatusCreated)
+			if err == nil {
+				fmt.Fprintln(c.Out, made.SnapshotID)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&name, "name", "", "what to call it, as name or name:tag")
+	return cmd
+}
+
+// records asks for the record of every live sandbox of every team.
+func (c *Client) records(ctx context.Context) ([]operator.SandboxRecord, error) {
+	r, err := c.operator.ListSandboxesWithResponse(ctx, &operator.ListSandboxesParams{})
+	if err != nil {
+		return nil, c.unreachable(err)
+	}
+	return body(r.JSON200, r.HTTPResponse, fault(r.JSONDefault), http.StatusOK)
+}
+
+func (c *CLI) treeCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "tree",
+		Short:   "Show which sandboxes were made from which",
+		Example: "  cay sandbox tree",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			all, err := client.records(cmd.Context())
+			if err != nil {
+				return err
+			}
+			for _, line := range tree(all) {
+				fmt.Fprintln(c.Out, line)
+			}
+			return nil
+		},
+	}
+}
+
+// tree draws sandboxes below those whose snapshots they were made from. A parent
+// that is gone is drawn all the same, since its children have it in common.
+func tree(all []operator.SandboxRecord) []string {
+	byID, children := map[string]operator.SandboxRecord{}, map[string][]string{}
+	for _, r := range all {
+		byID[r.SandboxID] = r
+	}
+	for _, r := range all {
+		children[r.Parent] = append(children[r.Parent], r.SandboxID)
+	}
+	for parent := range maps.Clone(children) {
+		if _, there := byID[parent]; !there && parent != "" {
+			children[""] = append(children[""], parent)
+		}
+	}
+	var out []string
+	var draw func(id string, depth int)
+	draw = func(id string, depth int) {
+		line := strings.Repeat("  ", depth) + id
+		if r, there := byID[id]; there {
+			line += "  " + string(r.State) + "  " + r.Alias
+		} else {
+			line += "  gone"
+		}
+		out = append(out, line)
+		for _, child := range slices.Sorted(slices.Values(children[id])) {
+			draw(child, depth+1)
+		}
+	}
+	for _, id := range slices.Sorted(slices.Values(children[""])) {
+		draw(id, 0)
+	}
+	return out
+}
+
+func (c *CLI) explainCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "explain SANDBOX",
+		Short: "Tell what became of a sandbox, and how long each step of its last start took",
+		Long: `Tells what became of a sandbox, from its making to its end, with the reason of
+what failed; and each step of its last start or resume with the part of the
+system that did it and how long that took.`,
+		Example:           "  cay sandbox explain i1a2b3c4d5e6f7g8h9j0k",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: c.firstSandboxID,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			in, err := client.inspect(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			r := in.Record
+			rows := [][]string{{instant(r.CreatedAt), "sandbox.created", "from " + r.Alias}}
+			if r.Parent != "" {
+				rows[0][2] += ", with snapshot " + r.Origin + " of sandbox " + r.Parent
+			}
+			for _, h := range r.History {
+				rows = append(rows, []string{instant(h.Timestamp), h.Type, h.Message})
+			}
+			if r.EndedAt != nil {
+				rows = append(rows, []string{instant(*r.EndedAt), "sandbox.killed", r.EndReason + ": " + r.EndMessage})
+			}
+			if err := writeTable(c.Out, "AT\tWHAT\tHOW", rows); err != nil {
+				return err
+			}
+			return c.printTrace(in.Trace)
+		},
+	}
+}
+
+func (c *CLI) snapshotCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "snapshot",
+		Short:   "Look at snapshots of sandboxes, check them, delete them",
+		Example: "  cay snapshot list\n  cay snapshot verify ID\n  cay snapshot delete one/warm:v2",
+	}
+	cmd.AddCommand(c.snapshotListCmd(), c.snapshotVerifyCmd(), c.snapshotDeleteCmd())
+	return cmd
+}
+
+func (c *CLI) snapshotListCmd() *cobra.Command {
+	var out *format
+	cmd := &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   "List the snapshots on this machine, those that paused sandboxes consist of included",
+		Example: "  cay snapshot list\n  cay snapshot list -o json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := client.operator.ListSnapshotsWithResponse(cmd.Context())
+			if err != nil {
+				return client.unreachable(err)
+			}
+			list, err := body(r.JSON200, r.HTTPResponse, fault(r.JSONDefault), http.StatusOK)
+			if err != nil {
+				return err
+			}
+			if *out == asJSON {
+				return WriteJSON(c.Out, append([]operator.Snapshot{}, list...))
+			}
+			if len(list) == 0 {
+				fmt.Fprintln(c.Err, "There are no snapshots.")
+				return nil
+			}
+			var rows [][]string
+			for _, s := range list {
+				memory := "-"
+				if s.MemoryBytes > 0 {
+					memory = fmt.Sprintf("%d MiB", s.MemoryBytes>>20)
+				}
+				rows = append(rows, []string{s.SnapshotID, s.SandboxID, s.Owner, strings.Join(s.Names, ", "), memory,
+					s.Runtime + " " + s.RuntimeVersion, ago(c.now().Sub(s.CreatedAt)) + " ago"})
+			}
+			return writeTable(c.Out, "SNAPSHOT\tSANDBOX\tOWNER\tNAMES\tMEMORY\tENGINE\tMADE", rows)
+		},
+	}
+	out = addOutput(cmd)
+	return cmd
+}
+
+func (c *CLI) snapshotVerifyCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "verify SNAPSHOT...",
+		Short:   "Read snapshots and compare them with their manifests",
+		Example: "  cay snapshot verify s1a2b3c4d5e6f7g8h9j0k",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, ids []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, id := range ids {
+				r, err := client.operator.VerifySnapshotWithResponse(cmd.Context(), id)
+				if err != nil {
+					return client.unreachable(err)
+				}
+				if err := answered(r.HTTPResponse, fault(r.JSONDefault), http.StatusNoContent); err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				fmt.Fprintln(c.Out, id)
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
+
+func (c *CLI) snapshotDeleteCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "delete SNAPSHOT...",
+		Aliases: []string{"rm"},
+		Short:   "Delete snapshots that were asked for; sandboxes made from them stay",
+		Example: "  cay snapshot delete s1a2b3c4d5e6f7g8h9j0k\n  cay snapshot delete warm:v2",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, ids []string) error {
+			client, err := c.connect(cmd)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, id := range ids {
+				r, err := client.api.DeleteTemplateWithResponse(cmd.Context(), id)
+				if err != nil {
+					return client.unreachable(err)
+				}
+				if err := answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent); err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				fmt.Fprintln(c.Out, id)
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
