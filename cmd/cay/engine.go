@@ -35,7 +35,7 @@ func installEngine(dir string, log *slog.Logger) (string, error) {
 		return "", err
 	}
 	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return "", fmt.Errorf("making the engine's directory: %w", err)
+		return "", errDataDir(filepath.Dir(dir), fmt.Errorf("making the engine's directory: %w", err))
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -47,7 +47,7 @@ func installEngine(dir string, log *slog.Logger) (string, error) {
 	}
 	path, err := unpackEngine(packed, dir)
 	if err != nil {
-		return "", fmt.Errorf("unpacking the engine: %w", err)
+		return "", errDataDir(filepath.Dir(dir), fmt.Errorf("unpacking the engine: %w", err))
 	}
 	removeOthers(dir, filepath.Base(path), log)
 	return path, nil
