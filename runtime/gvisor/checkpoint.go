@@ -153,7 +153,11 @@ func (i *instance) checkpoint(dir string) error {
 		return nil
 	}
 	for _, name := range checkpointNames {
-		_ = os.Remove(filepath.Join(dir, name)) // half of a checkpoint is none
+		// Half of a checkpoint is none. The engine forgets to close its files
+		// and holds them until it next collects garbage: their space is given
+		// back now.
+		_ = os.Truncate(filepath.Join(dir, name), 0)
+		_ = os.Remove(filepath.Join(dir, name))
 	}
 	if st := i.state(); st == runtime.Exited {
 		return i.wrongState("checkpointed", st)

@@ -1,10 +1,13 @@
 package gvisor
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/runtime"
@@ -111,7 +114,12 @@ func TestCheckpointFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small)
-	t.Cleanup(func() { run(t, "umount", small) })
+	t.Cleanup(func() {
+		if err := r.Kill(context.Background(), s.ID); err != nil { // it may hold the files
+			t.Error(err)
+		}
+		run(t, "umount", small)
+	})
 	if err := r.Freeze(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -120,6 +128,10 @@ func TestCheckpointFullDisk(t *testing.T) {
 	}
 	if ents, err := os.ReadDir(small); err != nil || len(ents) > 0 {
 		t.Errorf("it left %v, %v", ents, err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(small, &fs); err != nil || fs.Blocks-fs.Bfree > 1 {
+		t.Errorf("it left %d of %d blocks used, %v", fs.Blocks-fs.Bfree, fs.Blocks, err)
 	}
 	if err := r.Checkpoint(t.Context(), s.ID, t.TempDir()); err != nil {
 		t.Errorf("the next checkpoint: %v", err)

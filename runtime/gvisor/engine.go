@@ -26,10 +26,12 @@ const EngineVersion = "v0.0.0-20260905035102-160fafc42237"
 var engineVersion string
 
 // prepareEngine sets what gVisor takes from its own build system. Every process
-// that runs gVisor code calls it first.
-func prepareEngine() {
+// that runs gVisor code calls it first. The filters are for sandboxes.
+func prepareEngine(filters bool) {
 	engineVersion = EngineVersion
-	registerSeccomp()
+	if filters {
+		registerSeccomp()
+	}
 }
 
 // enginePlatform is how the engine intercepts system calls: systrap needs no hardware

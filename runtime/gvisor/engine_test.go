@@ -26,7 +26,7 @@ func TestEngineVersionIsGoMods(t *testing.T) {
 	if m == nil || string(m[1]) != EngineVersion {
 		t.Fatalf("go.mod has gVisor %q, EngineVersion is %q: change the constant, then run TestSeccompIsCurrent with -update", m, EngineVersion)
 	}
-	prepareEngine()
+	prepareEngine(true)
 	if got := version.Version(); got != EngineVersion {
 		t.Errorf("the engine calls itself %q; the linkname is broken", got)
 	}
@@ -132,7 +132,7 @@ func TestSeccompIsRegistered(t *testing.T) {
 	if len(seccompData) == 0 {
 		t.Skipf("no filters are committed for %s", runtime.GOARCH)
 	}
-	prepareEngine()
+	prepareEngine(true)
 	if _, ok := filter.GetPrecompiled(engineFilter(t).ConfigKey()); !ok {
 		t.Errorf("the engine does not find its filter; it has %q", filter.ListPrecompiled())
 	}

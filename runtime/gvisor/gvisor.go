@@ -13,6 +13,7 @@ package gvisor
 import (
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 
 	"github.com/google/subcommands"
@@ -28,6 +29,9 @@ import (
 // arg0Launch is argv[0] of the launcher.
 const arg0Launch = "cay-launch"
 
+// arg0Gofer is argv[0] that gVisor gives its gofer.
+const arg0Gofer = "runsc-gofer"
+
 // arg0Exe is argv[0] of the helpers that gVisor starts without a name.
 const arg0Exe = "/proc/self/exe"
 
@@ -39,13 +43,15 @@ func Dispatch() {
 	name := filepath.Base(os.Args[0])
 	switch {
 	case name == arg0Launch:
-		prepareEngine()
+		debug.SetGCPercent(-1) // it ends before there is much to collect
+		prepareEngine(false)
 		os.Exit(launchMain())
 	case name == "runsc":
-		prepareEngine()
+		prepareEngine(false)
 		cli.Run(nil, commands(true), []subcommands.Command{})
 	case os.Args[0] == arg0Exe || strings.HasPrefix(name, "runsc"):
-		prepareEngine()
+		collectLate()
+		prepareEngine(name != arg0Gofer)
 		if prelude.IsSandbox(os.Args) {
 			os.Args = shortBoot(os.Args)
 		}

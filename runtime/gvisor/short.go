@@ -1,8 +1,10 @@
 package gvisor
 
 import (
+	"runtime/debug"
 	"slices"
 	"strings"
+	"time"
 
 	_ "gvisor.dev/gvisor/pkg/sentry/seccheck" // for the linkname below
 	"gvisor.dev/gvisor/pkg/sync"
@@ -56,4 +58,24 @@ func shortBoot(args []string) []string {
 	}
 	last := len(args) - 1 // the container's ID; of two equal flags the later one counts
 	return slices.Concat(args[:last], extra, args[last:])
+}
+
+const (
+	// startTakes is longer than an engine process takes to start.
+	startTakes = 2 * time.Second
+	// startHeap is more than it allocates meanwhile.
+	startHeap = 48 << 20
+)
+
+// collectLate keeps the garbage collector out of the start of an engine process,
+// where processors are what lacks, and afterwards returns what the start needed:
+// most sandboxes are idle most of the time.
+func collectLate() {
+	percent := debug.SetGCPercent(-1)
+	limit := debug.SetMemoryLimit(startHeap)
+	time.AfterFunc(startTakes, func() {
+		debug.SetMemoryLimit(limit)
+		debug.SetGCPercent(percent)
+		debug.FreeOSMemory()
+	})
 }

@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -52,5 +53,16 @@ func TestBootLimits(t *testing.T) {
 	}
 	if hostMemory() <= 0 {
 		t.Errorf("the machine has %d bytes of memory", hostMemory())
+	}
+}
+
+func TestValidID(t *testing.T) {
+	for id, want := range map[string]bool{
+		"x": true, "X9_.-": true, "0": true, strings.Repeat("a", 64): true,
+		"": false, "-x": false, ".": false, "_": false, "a/b": false, "a b": false, "é": false, "a\x00": false, strings.Repeat("a", 65): false,
+	} {
+		if validID(id) != want {
+			t.Errorf("validID(%q) = %t", id, !want)
+		}
 	}
 }

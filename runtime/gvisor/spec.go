@@ -8,7 +8,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"regexp"
 	goruntime "runtime"
 	"strconv"
 	"strings"
@@ -36,7 +35,20 @@ var guestCapabilities = []string{
 // cpuPeriod is the CFS period in microseconds, the kernel's default.
 const cpuPeriod = 100_000
 
-var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$`)
+// validID reports whether s is an instance's ID: 1 to 64 letters, digits, "_",
+// "." and "-", of which the first is a letter or a digit. It is no regular
+// expression because every engine process would keep that in memory.
+func validID(s string) bool {
+	for i, c := range []byte(s) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case i > 0 && (c == '_' || c == '.' || c == '-'):
+		default:
+			return false
+		}
+	}
+	return s != "" && len(s) <= 64
+}
 
 // maxSocketPath is the longest path of a unix socket (sun_path of unix(7),
 // without the final NUL).
@@ -48,7 +60,7 @@ func checkSpec(s runtime.Spec, l layout) error {
 		return &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerRuntime, Message: fmt.Sprintf(format, args...)}
 	}
 	switch {
-	case !validID.MatchString(string(s.ID)):
+	case !validID(string(s.ID)):
 		return bad("the instance ID %q is malformed", s.ID)
 	case !filepath.IsAbs(s.RootFS):
 		return bad("the root directory %q is not an absolute path", s.RootFS)

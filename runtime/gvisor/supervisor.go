@@ -78,7 +78,7 @@ func (s *Supervisor) now() time.Time {
 
 // Run is Supervise for a configured supervisor.
 func (s *Supervisor) Run(ctx context.Context) error {
-	prepareEngine()
+	prepareEngine(true)
 	silenceEngineLog()
 	if s.engine == "" {
 		s.engine = EngineVersion
