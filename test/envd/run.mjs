@@ -363,10 +363,10 @@ http.server.HTTPServer(('127.0.0.1', 3000), H).serve_forever()"`, { background: 
   },
   'running and metrics': async () => {
     assert.equal(await sbx.isRunning(), true)
-    // The control plane's metrics are not there yet, and say so.
-    await sbx.getMetrics().then(
-      (m) => assert.ok(Array.isArray(m)),
-      (err) => assert.match(err.message, /not.implemented|501|not there/i))
+    const metrics = await sbx.getMetrics()
+    assert.ok(metrics.length > 0)
+    const last = metrics.at(-1)
+    assert.ok(last.cpuCount >= 1 && last.memUsed > 0 && last.memTotal >= last.memUsed && last.diskTotal > last.diskUsed, JSON.stringify(last))
     await sbx.kill()
     assert.equal(await sbx.isRunning(), false)
   },
