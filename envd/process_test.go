@@ -947,7 +947,8 @@ func TestManyProcesses(t *testing.T) {
 	if len(seen) != n || g.procs.count() != n {
 		t.Errorf("%d processes, %d live", len(seen), g.procs.count())
 	}
-	if after := threads(t); after-before > n/2 {
+	// Starting them all at once takes some threads, more on a busy machine.
+	if after := threads(t); after-before >= n {
 		t.Errorf("%d threads for %d processes", after-before, n)
 	}
 	for pid := range seen {
