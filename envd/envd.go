@@ -240,7 +240,7 @@ func (s *Server) envdDigest() (string, error) {
 		h := sha256.New()
 		// Each read is a call out of the guest; the struct hides the file's own
 		// way of copying, which reads 32 KiB at a time.
-		if _, err := io.CopyBuffer(h, struct{ io.Reader }{f}, make([]byte, 512<<10)); err != nil {
+		if _, err := io.CopyBuffer(h, struct{ io.Reader }{f}, make([]byte, 128<<10)); err != nil {
 			s.digestErr = fmt.Errorf("reading envd's own binary: %w", err)
 			return
 		}
