@@ -41,46 +41,35 @@ func (i *instance) wrongState(what string, st runtime.State) error {
 // the record says what was asked before it is asked, and whoever finds such a
 // record asks the engine first what came of it.
 func (i *instance) freeze() error {
-	switch st := i.settled(); st {
-	case runtime.Frozen:
-		return nil
-	case runtime.Running:
-	default:
-		return i.wrongState("frozen", st)
-	}
-	c, err := i.container()
-	if err != nil {
-		return err
-	}
-	if err := i.setState(freezing); err != nil {
-		return err
-	}
-	if err := c.Sandbox.Pause(c.ID); err != nil {
-		return errors.Join(fmt.Errorf("stopping the guest's tasks: %w", err), i.settle())
-	}
-	return i.setState(runtime.Frozen)
+	return i.turn(runtime.Running, freezing, runtime.Frozen, "frozen", (*sandbox.Sandbox).Pause)
 }
 
 // thaw lets the guest's tasks go on. i.op is held.
 func (i *instance) thaw() error {
+	return i.turn(runtime.Frozen, thawing, runtime.Running, "thawed", (*sandbox.Sandbox).Resume)
+}
+
+// turn moves the guest from one state to another, through the one that stands
+// for an answer not known yet. A guest that is there already stays.
+func (i *instance) turn(from, via, to runtime.State, what string, ask func(*sandbox.Sandbox, string) error) error {
 	switch st := i.settled(); st {
-	case runtime.Running:
+	case to:
 		return nil
-	case runtime.Frozen:
+	case from:
 	default:
-		return i.wrongState("thawed", st)
+		return i.wrongState(what, st)
 	}
 	c, err := i.container()
 	if err != nil {
 		return err
 	}
-	if err := i.setState(thawing); err != nil {
+	if err := i.setState(via); err != nil {
 		return err
 	}
-	if err := c.Sandbox.Resume(c.ID); err != nil {
-		return errors.Join(fmt.Errorf("letting the guest's tasks go on: %w", err), i.settle())
+	if err := ask(c.Sandbox, c.ID); err != nil {
+		return errors.Join(fmt.Errorf("asking the engine for a guest that is %s: %w", what, err), i.settle())
 	}
-	return i.setState(runtime.Running)
+	return i.setState(to)
 }
 
 // settled is the state, found out first where it is not known.
