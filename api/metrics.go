@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -85,7 +84,7 @@ func (s sandboxHandlers) measured(ctx context.Context, id cay.SandboxID, from, t
 	if cay.CodeOf(err) == cay.CodeSandboxNotFound {
 		return nil, nil
 	}
-	return slices.Clone(points), err
+	return points, err
 }
 
 func metric(p cay.Metric) gen.SandboxMetric {

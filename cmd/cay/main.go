@@ -27,14 +27,14 @@ type app struct {
 
 func main() {
 	gvisor.Dispatch() // the engine's processes are this binary, too
-	keepInherited()
+	closeInherited()
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-// keepInherited keeps what the caller left open from our children: a server
+// closeInherited has our children start without what the caller left open: a server
 // outlives its caller, who may wait for the end of a pipe, and dash, which apt
 // and mmdebstrap use, fails when descriptors below 10 are taken.
-func keepInherited() {
+func closeInherited() {
 	// Where the kernel lacks the call (before 5.11), they are passed on.
 	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 }
