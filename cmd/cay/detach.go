@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -47,6 +48,8 @@ func newReporter(a *app) (*reporter, error) {
 		return nil, fmt.Errorf("%s=%q is no descriptor: %w", readyFDEnv, v, err)
 	}
 	syscall.CloseOnExec(fd)
+	// The kernel named this process after the link it was started by.
+	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 	return &reporter{pipe: os.NewFile(uintptr(fd), "ready"), out: io.Discard, err: io.Discard}, nil
 }
 
