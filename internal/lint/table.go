@@ -44,6 +44,7 @@ var Packages = []Package{
 	{"cmd/init", Command, "PID 1 of a guest: reaps, supervises envd, never exits"},
 	{"disk", Mechanism, "root directories of sandboxes from shared images and bounded files"},
 	{"doctor", Service, "checks of a machine, each with its repair"},
+	{"egress", Mechanism, "a guest's connections outwards, decided and changed by name"},
 	{"envd", Guest, "the daemon in each sandbox: processes, files, ports"},
 	{"internal/check", Test, "runs what must pass before a commit, and counts it"},
 	{"internal/cli", Internal, "the commands that talk to a server, as any client does"},
