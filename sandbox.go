@@ -124,6 +124,8 @@ type SandboxConfig struct {
 	AccessToken Secret
 	// TrafficToken guards the other ports; empty leaves them open.
 	TrafficToken Secret
+	// Ingress says how requests reach the other ports.
+	Ingress Ingress
 	// AllowInternet is false when the sandbox may reach nothing outside.
 	AllowInternet bool
 	// Deadline is recorded with the sandbox for the operator's eyes; the

@@ -166,8 +166,12 @@ func (s *Server) config(rec store.Sandbox) (cay.SandboxConfig, error) {
 	if err != nil {
 		return cay.SandboxConfig{}, err
 	}
+	in, err := ingress(o.Network)
+	if err != nil {
+		return cay.SandboxConfig{}, err
+	}
 	cfg := cay.SandboxConfig{ID: rec.ID, TeamID: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources,
-		AllowInternet: net.internet, EnvVars: o.EnvVars}
+		AllowInternet: net.internet, Ingress: in, EnvVars: o.EnvVars}
 	if rec.Secure {
 		cfg.AccessToken = AccessToken(s.Seed, rec.ID)
 	}

@@ -31,9 +31,7 @@ func egress(n *gen.SandboxNetworkConfig, allow *bool) (access, error) {
 		what  string
 	}{
 		{n.EgressProxy != nil, "a proxy for outbound traffic (network.egressProxy)"},
-		{n.MaskRequestHost != nil && *n.MaskRequestHost != "", "replacing the Host header (network.maskRequestHost)"},
 		{len(n.Rules) > 0, "header rules (network.rules)"},
-		{len(n.HttpsPorts) > 0, "ports with TLS inside the sandbox (network.httpsPorts)"},
 	} {
 		if refused.given {
 			return a, absent(refused.what, "leave it out")

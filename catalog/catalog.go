@@ -26,6 +26,8 @@ type Route struct {
 	Addr netip.Addr
 	// TrafficToken guards every port but envd's; empty leaves them open.
 	TrafficToken cay.Secret
+	// Ingress says how requests reach those ports. It is not to be changed.
+	Ingress cay.Ingress
 }
 
 // Catalog maps sandboxes to routes.

@@ -313,7 +313,7 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	o.mu.Lock()
 	if g.rec.Phase == booting || g.rec.Phase == pooled {
 		g.rec.Sandbox, g.rec.Team, g.rec.Template = c.ID, c.TeamID, c.Template
-		g.rec.TrafficToken = c.TrafficToken.Reveal()
+		g.rec.TrafficToken, g.rec.Ingress = c.TrafficToken.Reveal(), c.Ingress
 		g.rec.StartedAt, g.rec.Deadline = began, c.Deadline
 	}
 	if err := o.moveLocked(g, running); err != nil {
@@ -354,7 +354,7 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 func (o *Orchestrator) publish(ctx context.Context, g *guest) error {
 	o.mu.Lock()
 	r := catalog.Route{Sandbox: g.rec.Sandbox, Execution: g.rec.Execution, Node: o.Node,
-		Addr: g.addr().Addr, TrafficToken: cay.Secret(g.rec.TrafficToken)}
+		Addr: g.addr().Addr, TrafficToken: cay.Secret(g.rec.TrafficToken), Ingress: g.rec.Ingress}
 	alive := g.rec.Phase == running || g.rec.Phase == saving
 	o.mu.Unlock()
 	if !alive {

@@ -72,6 +72,7 @@ type record struct {
 	Team         cay.TeamID     `json:"team,omitempty"`
 	Template     cay.TemplateID `json:"template,omitempty"`
 	TrafficToken string         `json:"trafficToken,omitempty"`
+	Ingress      cay.Ingress    `json:"ingress,omitzero"`
 	StartedAt    time.Time      `json:"startedAt,omitzero"`
 	Deadline     time.Time      `json:"deadline,omitzero"`
 

@@ -288,7 +288,7 @@ func (s *Server) pass(w http.ResponseWriter, r *http.Request, t target, again bo
 		refusal.write(w, r)
 		return false
 	}
-	return s.forward(w, r, t, c, again && s.Wake != nil && repeatable(r))
+	return s.forward(w, r, t, c, route.Ingress, again && s.Wake != nil && repeatable(r))
 }
 
 // repeatable reports whether a request may be made twice.
@@ -322,7 +322,7 @@ func admit(h http.Header, t target, route catalog.Route) (answer, bool) {
 
 // forward takes an admitted request to its sandbox and the answer back. With
 // again, it reports true when there is no answer because the sandbox went away.
-func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections, again bool) (gone bool) {
+func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections, in cay.Ingress, again bool) (gone bool) {
 	if r.ProtoMajor == 1 {
 		// Else the server would read the whole body before it sends the
 		// answer's header, and a two-way stream would hang.
@@ -332,13 +332,16 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *co
 	if r.ContentLength != 0 {
 		r.Body = body
 	}
+	if in.TLS(t.port) && t.port != envdPort {
+		r = r.WithContext(context.WithValue(r.Context(), serverName{}, sni(r.Host, in, t.port)))
+	}
 	rp := httputil.ReverseProxy{
 		Transport:     s.up.transport(r, t.port),
 		FlushInterval: -1, // every write at once: streams must not wait
 		BufferPool:    &buffers,
 		ErrorLog:      s.fine,
 		Rewrite: func(p *httputil.ProxyRequest) {
-			s.rewrite(p, t, c)
+			s.rewrite(p, t, c, in)
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if body.broken.Load() {
@@ -373,7 +376,7 @@ func (b *clientBody) Read(p []byte) (int, error) {
 
 // rewrite makes the request the sandbox sees: the client's own, with its Host,
 // path and query as they came, without what is only between client and proxy.
-func (s *Server) rewrite(p *httputil.ProxyRequest, t target, c *connections) {
+func (s *Server) rewrite(p *httputil.ProxyRequest, t target, c *connections, to cay.Ingress) {
 	in := p.In.URL
 	p.Out.URL = &url.URL{
 		Scheme: "http",
@@ -382,6 +385,15 @@ func (s *Server) rewrite(p *httputil.ProxyRequest, t target, c *connections) {
 		RawQuery: in.RawQuery, ForceQuery: in.ForceQuery,
 	}
 	p.Out.Host = p.In.Host
+	if t.port != envdPort {
+		if to.TLS(t.port) {
+			p.Out.URL.Scheme = "https"
+		}
+		if host, masked := to.Host(t.port); masked {
+			p.Out.Host = host
+			p.Out.Header.Set("X-Forwarded-Host", p.In.Host)
+		}
+	}
 	p.Out.Trailer = p.In.Trailer // filled while the body is read, so the very map
 	h := p.Out.Header
 	for k := range h {
@@ -405,6 +417,22 @@ func (s *Server) rewrite(p *httputil.ProxyRequest, t target, c *connections) {
 		// root in the guest can set.
 		h.Set("X-Cay-Time", strconv.FormatInt(s.now().UnixMilli(), 10))
 	}
+}
+
+// sni returns the name that a service with TLS is asked for: that of the Host it
+// will see. An address is none.
+func sni(host string, in cay.Ingress, port uint16) string {
+	if h, masked := in.Host(port); masked {
+		host = h
+	}
+	name, err := hostname(host)
+	if err != nil {
+		return ""
+	}
+	if _, err := netip.ParseAddr(name); err == nil {
+		return ""
+	}
+	return name
 }
 
 // failed answers when the sandbox gave no answer.

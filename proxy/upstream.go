@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -48,7 +50,7 @@ type upstreams struct {
 	limit int
 	envd  *http.Transport // keeps connections
 	user  *http.Transport // one connection per request (contract, section 4)
-	h2    *http.Transport // gRPC: HTTP/2 with prior knowledge
+	h2    *http.Transport // gRPC: HTTP/2, with prior knowledge or by ALPN
 
 	mu   sync.Mutex
 	cuts uint64 // how often cut was called
@@ -80,6 +82,7 @@ func (u *upstreams) init(limit int) {
 	plain := http.Transport{
 		// Proxy stays nil: an operator's HTTP_PROXY must not get guest traffic.
 		DialContext:            u.dial,
+		DialTLSContext:         u.dialTLS("http/1.1"),
 		DisableCompression:     true, // bodies pass as they are
 		MaxResponseHeaderBytes: maxResponseHeader,
 		ReadBufferSize:         4 << 10,
@@ -94,6 +97,8 @@ func (u *upstreams) init(limit int) {
 	u.h2.IdleConnTimeout = 5 * time.Second
 	u.h2.Protocols = new(http.Protocols)
 	u.h2.Protocols.SetUnencryptedHTTP2(true)
+	u.h2.Protocols.SetHTTP2(true)
+	u.h2.DialTLSContext = u.dialTLS("h2")
 }
 
 // transport chooses how to speak to the sandbox: HTTP/1.1, and HTTP/2 for
@@ -258,6 +263,35 @@ func (u *upstreams) dial(ctx context.Context, _, addr string) (net.Conn, error) 
 		return nil, errCut
 	}
 	return &tracked{Conn: conn, forget: forget}, nil
+}
+
+// serverName is the context's key for the name that a service in a guest is
+// asked for by TLS.
+type serverName struct{}
+
+// handshakeTimeout bounds a handshake with a guest.
+const handshakeTimeout = 10 * time.Second
+
+// dialTLS returns a dial for services that speak TLS. They are the creator's
+// own, behind the network of the sandbox alone: certificates are not verified.
+func (u *upstreams) dialTLS(proto string) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := u.dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		name, _ := ctx.Value(serverName{}).(string)
+		c := tls.Client(conn, &tls.Config{ServerName: name, NextProtos: []string{proto},
+			InsecureSkipVerify: true, //nolint:gosec // the contract: not verified
+			MinVersion:         tls.VersionTLS12})
+		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+		defer cancel()
+		if err := c.HandshakeContext(ctx); err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("speaking TLS to the service: %w", err)
+		}
+		return c, nil
+	}
 }
 
 // hangUp ends a connection to a guest that is about to be killed. It says no

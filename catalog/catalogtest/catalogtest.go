@@ -46,6 +46,7 @@ func route(n int, e string) catalog.Route {
 		Node:         "n1",
 		Addr:         netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}),
 		TrafficToken: cay.Secret(fmt.Sprintf("token-%d", n)),
+		Ingress:      cay.Ingress{MaskHost: "localhost:${PORT}", HTTPSPorts: []uint16{443, uint16(1000 + n)}},
 	}
 }
 
@@ -167,7 +168,7 @@ func concurrent(t *testing.T, c catalog.Catalog) {
 				if err := c.Put(t.Context(), r); err != nil {
 					t.Error(err)
 				}
-				if got, err := c.Get(t.Context(), r.Sandbox); err != nil || got != r {
+				if got, err := c.Get(t.Context(), r.Sandbox); err != nil || !gocmp.Equal(got, r, same) {
 					t.Errorf("Get after Put = %+v, %v", got, err)
 				}
 				if err := c.Delete(t.Context(), r.Sandbox, fmtExec(i-1)); err != nil {
