@@ -76,7 +76,7 @@ func TestTally(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got.reasons = nil
+			got.reasons, got.failures = nil, nil
 			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(Tally{})); diff != "" || ok != c.ok {
 				t.Errorf("ok = %v, tally (-want +got):\n%s", ok, diff)
 			}

@@ -60,7 +60,7 @@ type stage struct {
 var errFailed = errors.New("failed")
 
 // run runs the stages in their order and prints a line for each at the end,
-// and the count of tests in the last line.
+// what failed once more, and the count of tests in the last line.
 func (c *check) run(ctx context.Context, stages []stage, only string) error {
 	if only != "" {
 		names := strings.Split(only, ",")
@@ -95,6 +95,7 @@ func (c *check) run(ctx context.Context, stages []stage, only string) error {
 	}
 	fmt.Fprintf(c.out, "\n=== summary, %s in all\n%s\n", c.now().Sub(began).Round(time.Second), strings.Join(lines, "\n"))
 	c.tally.explain(c.out)
+	c.tally.digest(c.out)
 	switch {
 	case ctx.Err() != nil:
 		fmt.Fprintln(c.out, "interrupted")

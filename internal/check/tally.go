@@ -13,7 +13,8 @@ import (
 type Tally struct {
 	Passed, Failed, Skipped int
 
-	reasons []string // of the skips
+	reasons  []string // of the skips
+	failures []failure
 }
 
 // String returns "N passed, N failed, N skipped".
@@ -76,6 +77,11 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 			}
 			output[k].WriteString(e.Output)
 		case "build-output":
+			k := key{test: e.ImportPath} // a package is no test's
+			if output[k] == nil {
+				output[k] = &strings.Builder{}
+			}
+			output[k].WriteString(e.Output)
 			fmt.Fprint(w, e.Output)
 		case "pass":
 			delete(output, k)
@@ -102,6 +108,7 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 			}
 			ok = false
 			failures[pkg]++
+			t.fail(name+" was skipped", text)
 			t.reasons = append(t.reasons, fmt.Sprintf("SKIPPED %s, which internal/check/skips.go has no reason for", name))
 			fmt.Fprintf(w, "SKIP   %s\n%s", name, indent(text))
 		case "fail":
@@ -112,6 +119,7 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 			case e.Test != "":
 				t.Failed++
 				failures[pkg]++
+				t.fail(name, text)
 				fmt.Fprintf(w, "FAIL   %s\n%s", name, indent(text))
 			case failures[pkg] > 0:
 				fmt.Fprintf(w, "FAIL   %-40s %7.1fs  %d tests passed, %d did not\n", pkg, e.Elapsed, count[pkg], failures[pkg])
@@ -122,15 +130,29 @@ func (t *Tally) read(r io.Reader, w io.Writer) (bool, error) {
 					why = "does not compile"
 				}
 				fmt.Fprintf(w, "FAIL   %s %s\n%s", pkg, why, indent(text))
+				if e.FailedBuild != "" {
+					text = output[key{test: e.FailedBuild}]
+				}
+				t.fail(pkg+" "+why, text)
 				// What ran when the program died says where.
 				for other, text := range output {
 					if other.pkg == pkg {
+						t.fail(pkg+"."+other.test, text)
 						fmt.Fprintf(w, "  in %s:\n%s", other.test, indent(text))
 					}
 				}
 			}
 		}
 	}
+}
+
+// fail remembers a failure for the end.
+func (t *Tally) fail(name string, output *strings.Builder) {
+	f := failure{name: name}
+	if output != nil {
+		f.output = output.String()
+	}
+	t.failures = append(t.failures, f)
 }
 
 func indent(b *strings.Builder) string {
