@@ -50,6 +50,9 @@ type Snapshot struct {
 	// only one that can restore it.
 	Runtime        string `json:"runtime"`
 	RuntimeVersion string `json:"runtimeVersion"`
+	// Engine names that engine's program, which the node keeps for as long as
+	// a snapshot needs it. It is empty where the engine has no file of its own.
+	Engine string `json:"engine,omitempty"`
 	// Memory lists the files of the memory; none means that only the disk was
 	// saved.
 	Memory []SnapshotPart `json:"memory,omitempty"`

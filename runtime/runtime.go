@@ -17,9 +17,22 @@ import (
 // caller, never reused, and appears in every host object of the run.
 type InstanceID string
 
+// Engine is one build of a runtime's engine.
+type Engine struct {
+	// Version decides what fits: a checkpoint can be restored by the version
+	// that wrote it.
+	Version string `json:"version"`
+	// Program names the file of the engine's program. It is empty where the
+	// engine is a part of the server.
+	Program string `json:"program,omitempty"`
+}
+
 // Spec says what to run.
 type Spec struct {
 	ID InstanceID
+	// Engine is the engine that the guest needs; zero is the runtime's own.
+	// Another one is used for the whole life of the instance.
+	Engine Engine `json:",omitzero"`
 	// RootFS is a host directory that becomes the guest's root. The guest may
 	// write to it; what bounds the writes is the file system under it.
 	RootFS string
@@ -87,6 +100,7 @@ type Stats struct {
 type Info struct {
 	Name    string // "gvisor"
 	Version string // the engine's version, as kept in manifests
+	Program string // names the engine's program; "" when it has no file of its own
 	// Platform and Detail are for people: "systrap", and what was chosen why.
 	Platform string
 	Detail   map[string]string
@@ -110,6 +124,7 @@ type Runtime interface {
 
 	// Create prepares an instance so that Start is fast: the engine process is
 	// up and confined, the guest has not run. A failed Create leaves nothing.
+	// An engine that is not there is cay.CodeSnapshotIncompatible.
 	Create(ctx context.Context, s Spec) error
 
 	// Start runs the guest of a created instance. A failed Start leaves the
@@ -133,7 +148,7 @@ type Runtime interface {
 	// spec must be that of the checkpointed guest; ID, RootFS, NetNS, Env,
 	// Hostname, Limits and Labels may differ. The directory is only read, so
 	// that many instances may be restored from one; it must stay until Restore
-	// has returned. A checkpoint of another engine version is
+	// has returned. A checkpoint of another version than the instance's engine is
 	// cay.CodeSnapshotIncompatible. A failed Restore leaves the instance for
 	// Kill.
 	Restore(ctx context.Context, id InstanceID, dir string) error

@@ -10,8 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/sentry/state/checkpointfiles"
-	"gvisor.dev/gvisor/pkg/state/statefile"
-	"gvisor.dev/gvisor/runsc/sandbox"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/runtime"
@@ -41,17 +39,17 @@ func (i *instance) wrongState(what string, st runtime.State) error {
 // the record says what was asked before it is asked, and whoever finds such a
 // record asks the engine first what came of it.
 func (i *instance) freeze() error {
-	return i.turn(runtime.Running, freezing, runtime.Frozen, "frozen", (*sandbox.Sandbox).Pause)
+	return i.turn(runtime.Running, freezing, runtime.Frozen, "frozen", toFreeze)
 }
 
 // thaw lets the guest's tasks go on. i.op is held.
 func (i *instance) thaw() error {
-	return i.turn(runtime.Frozen, thawing, runtime.Running, "thawed", (*sandbox.Sandbox).Resume)
+	return i.turn(runtime.Frozen, thawing, runtime.Running, "thawed", toThaw)
 }
 
 // turn moves the guest from one state to another, through the one that stands
 // for an answer not known yet. A guest that is there already stays.
-func (i *instance) turn(from, via, to runtime.State, what string, ask func(*sandbox.Sandbox, string) error) error {
+func (i *instance) turn(from, via, to runtime.State, what string, how order) error {
 	switch st := i.settled(); st {
 	case to:
 		return nil
@@ -59,14 +57,10 @@ func (i *instance) turn(from, via, to runtime.State, what string, ask func(*sand
 	default:
 		return i.wrongState(what, st)
 	}
-	c, err := i.container()
-	if err != nil {
-		return err
-	}
 	if err := i.setState(via); err != nil {
 		return err
 	}
-	if err := ask(c.Sandbox, c.ID); err != nil {
+	if _, err := i.tell(how, ""); err != nil {
 		return errors.Join(fmt.Errorf("asking the engine for a guest that is %s: %w", what, err), i.settle())
 	}
 	return i.setState(to)
@@ -84,15 +78,11 @@ func (i *instance) settled() runtime.State {
 
 // settle finds out whether the tasks of a guest are stopped, and records it.
 func (i *instance) settle() error {
-	c, err := i.container()
+	stopped, err := i.tell(toTell, "")
 	if err != nil {
 		return err
 	}
-	stacks, err := c.Sandbox.Stacks()
-	if err != nil {
-		return fmt.Errorf("asking the engine what its tasks do: %w", err)
-	}
-	if tasksStopped(stacks) {
+	if stopped {
 		return i.setState(runtime.Frozen)
 	}
 	return i.setState(runtime.Running)
@@ -129,16 +119,7 @@ func (i *instance) checkpoint(dir string) error {
 		return &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerRuntime,
 			Message: fmt.Sprintf("%q is no empty directory for a checkpoint", dir), Err: err}
 	}
-	conf, err := engineConfig(engineFlags(i.layout, i.sup.DebugDir))
-	if err != nil {
-		return err
-	}
-	c, err := i.container()
-	if err != nil {
-		return err
-	}
-	err = c.Checkpoint(conf, dir, sandbox.CheckpointOpts{Compression: statefile.CompressionLevelNone, Resume: true})
-	if err == nil {
+	if _, err = i.tell(toCheckpoint, dir); err == nil {
 		return nil
 	}
 	for _, name := range checkpointNames {
@@ -179,16 +160,8 @@ func (i *instance) restore(dir string) error {
 				Message: "the snapshot's part " + name + " cannot be read", Fix: "restore it from a backup, or start from the disk alone", Err: err}
 		}
 	}
-	conf, err := engineConfig(engineFlags(i.layout, i.sup.DebugDir))
-	if err != nil {
-		return err
-	}
-	c, err := i.container()
-	if err != nil {
-		return err
-	}
 	i.setBegun(true)
-	if err := c.Restore(conf, dir, false, false, nil); err != nil {
+	if _, err := i.tell(toRestore, dir); err != nil {
 		i.setBegun(false)
 		return i.restoreError(err)
 	}
@@ -202,7 +175,7 @@ func (i *instance) restoreError(err error) error {
 	switch {
 	case strings.Contains(text, "version does not match"):
 		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerRuntime,
-			Message: "the memory snapshot was written by another version of the engine than " + i.sup.engine,
+			Message: "the memory snapshot was written by another version of the engine than " + i.rec.Engine,
 			Fix:     "start from the disk alone, or with the version of Cay that wrote it", Err: err}
 	case strings.Contains(text, "does not match across checkpoint restore"):
 		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerRuntime,

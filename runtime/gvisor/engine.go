@@ -19,6 +19,19 @@ import (
 // version that wrote it, so manifests keep it.
 const EngineVersion = "v0.0.0-20260905035102-160fafc42237"
 
+// revision tells engines apart that do not fit each other though gVisor is the
+// same, as after a change of what a guest is given. The linker may set it.
+var revision string
+
+// Version returns the version of the engine in this build: gVisor's, and after
+// a "+" our own revision where there is one.
+func Version() string {
+	if revision == "" {
+		return EngineVersion
+	}
+	return EngineVersion + "+" + revision
+}
+
 // engineVersion is gVisor's own variable, which a plain `go build` leaves at
 // "VERSION_MISSING": with that, its check that a snapshot fits compares nothing.
 //
@@ -28,7 +41,7 @@ var engineVersion string
 // prepareEngine sets what gVisor takes from its own build system. Every process
 // that runs gVisor code calls it first. The filters are for sandboxes.
 func prepareEngine(filters bool) {
-	engineVersion = EngineVersion
+	engineVersion = Version()
 	if filters {
 		registerSeccomp()
 	}

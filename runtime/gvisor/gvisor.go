@@ -46,6 +46,9 @@ func Dispatch() {
 		debug.SetGCPercent(-1) // it ends before there is much to collect
 		prepareEngine(false)
 		os.Exit(launchMain())
+	case name == arg0Speak:
+		prepareEngine(false)
+		os.Exit(speakMain())
 	case name == "runsc":
 		prepareEngine(false)
 		cli.Run(nil, commands(true), []subcommands.Command{})

@@ -91,8 +91,9 @@ func (i *instance) setState(st runtime.State) error {
 	return i.rec.save(i.layout.record)
 }
 
-// create makes the instance's directory and processes. i.op is held.
-func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
+// create makes the instance's directory and processes. program is that of
+// another engine, or "" for ours. i.op is held.
+func (i *instance) create(ctx context.Context, spec runtime.Spec, program string) error {
 	l := i.layout
 	if err := os.MkdirAll(l.engineRoot, 0o700); err != nil {
 		return fmt.Errorf("making the instance directory: %w", err)
@@ -104,8 +105,10 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 		return err
 	}
 	oci := ociSpec(spec, l)
-	if err := writeSpec(oci, l); err != nil {
-		return err
+	if program == "" {
+		if err := writeSpec(oci, l); err != nil {
+			return err
+		}
 	}
 	if err := makeConsole(l.console); err != nil {
 		return err
@@ -121,17 +124,26 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(i.launch, func() { cancel(errKilled) })()
-	run, err := i.sup.takeLauncher(i.group, oci.Linux.Resources)
+	var run *launcher
+	if program == "" {
+		run, err = i.sup.takeLauncher(i.group, oci.Linux.Resources)
+	} else {
+		run, err = startLauncher(i.sup.reaper, "", program)
+	}
 	if err != nil {
 		return err
 	}
 	i.launched = run.exited
 	req := launchRequest{ID: string(spec.ID), Bundle: l.dir, Console: l.console, InCgroup: run.group != ""}
-	var told []string
-	if req.InCgroup {
-		told = bootLimits(spec.Limits)
+	if program == "" {
+		var told []string
+		if req.InCgroup {
+			told = bootLimits(spec.Limits)
+		}
+		req.Flags = append(engineFlags(l, i.sup.DebugDir), shortFlag(told...))
+	} else {
+		req.Home, req.Spec, req.Debug = string(i.sup.home), &spec, i.sup.DebugDir
 	}
-	req.Flags = append(engineFlags(l, i.sup.DebugDir), shortFlag(told...))
 	res, err := run.run(ctx, req)
 	if err != nil {
 		if tail := tailOf(l.panicLog); tail != "" {
@@ -177,16 +189,8 @@ func (i *instance) start() error {
 	if st != runtime.Created {
 		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime, Message: fmt.Sprintf("instance %s is %s; only a created one can be started", i.rec.ID, st)}
 	}
-	conf, err := engineConfig(engineFlags(i.layout, i.sup.DebugDir))
-	if err != nil {
-		return err
-	}
-	c, err := i.container()
-	if err != nil {
-		return err
-	}
 	i.setBegun(true)
-	if err := c.Start(conf); err != nil {
+	if _, err := i.tell(toStart, ""); err != nil {
 		i.setBegun(false)
 		return i.startError(err)
 	}
@@ -219,12 +223,7 @@ func (i *instance) startError(err error) error {
 
 // container loads gVisor's own record of the instance.
 func (i *instance) container() (*container.Container, error) {
-	id := container.FullID{SandboxID: string(i.rec.ID), ContainerID: string(i.rec.ID)}
-	c, err := container.Load(i.layout.engineRoot, id, container.LoadOpts{Exact: true, SkipCheck: true})
-	if err != nil {
-		return nil, fmt.Errorf("loading the engine's state: %w", err)
-	}
-	return c, nil
+	return loadContainer(i.layout, i.rec.ID)
 }
 
 // ask starts to ask the engine for PID 1's status, which it alone knows once

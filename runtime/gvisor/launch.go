@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/runsc/container"
 	"gvisor.dev/gvisor/runsc/specutils"
+
+	"github.com/cayhq/cay/runtime"
 )
 
 // launchRequest is what a launcher reads from its standard input.
@@ -30,6 +32,13 @@ type launchRequest struct {
 	// InCgroup tells that the launcher is in the instance's cgroup already:
 	// gVisor is to leave cgroups alone.
 	InCgroup bool `json:"inCgroup,omitempty"`
+
+	// Set when the launcher is of another engine than the supervisor: it
+	// writes the bundle and chooses the flags as its own supervisor would, for
+	// what the guest is given has to be what its memory was saved with.
+	Home  string        `json:"home,omitempty"`
+	Spec  *runtime.Spec `json:"spec,omitempty"`
+	Debug string        `json:"debug,omitempty"`
 }
 
 // launchResult is what a launcher writes to file descriptor 3.
@@ -80,6 +89,13 @@ func launch(req launchRequest) (launchResult, error) {
 	if err != nil {
 		return launchResult{}, err
 	}
+	if req.Spec != nil {
+		l := home(req.Home).instance(req.Spec.ID)
+		if err := writeSpec(ociSpec(*req.Spec, l), l); err != nil {
+			return launchResult{}, err
+		}
+		req.Flags = append(engineFlags(l, req.Debug), shortFlag())
+	}
 	con, err := openConsoleEnd(req.Console)
 	if err != nil {
 		return launchResult{}, err
@@ -109,6 +125,7 @@ func launch(req launchRequest) (launchResult, error) {
 
 // launcher is a launcher process that waits for its request, or works on it.
 type launcher struct {
+	exe    string // its program
 	cmd    *exec.Cmd
 	group  cgroup   // that it is in; "" if that is left to gVisor
 	in     *os.File // the request goes here; closing it unused ends the launcher
@@ -118,9 +135,12 @@ type launcher struct {
 	err    error // of its end, once exited is closed
 }
 
+// ownExe is the program that runs.
+const ownExe = "/proc/self/exe"
+
 // startLauncher starts a launcher, and moves it into a cgroup unless that is "".
-func startLauncher(r *reaper, group cgroup) (*launcher, error) {
-	l := &launcher{group: group, exited: make(chan struct{})}
+func startLauncher(r *reaper, group cgroup, exe string) (*launcher, error) {
+	l := &launcher{exe: exe, group: group, exited: make(chan struct{})}
 	started := make(chan error)
 	go func() {
 		defer close(l.exited)
@@ -167,7 +187,7 @@ func (l *launcher) start(r *reaper) error {
 	}
 	defer outW.Close()
 	l.in, l.out, l.dec = inW, outR, json.NewDecoder(outR)
-	l.cmd = exec.Command("/proc/self/exe")
+	l.cmd = exec.Command(l.exe)
 	l.cmd.Args, l.cmd.Env, l.cmd.Dir = []string{arg0Launch}, []string{}, "/"
 	if l.group != "" {
 		l.cmd.Args = append(l.cmd.Args, string(l.group))
@@ -245,7 +265,7 @@ func (s *Supervisor) takeLauncher(group cgroup, res *specs.LinuxResources) (*lau
 		}
 		s.dropLauncher(l)
 	}
-	return startLauncher(s.reaper, "")
+	return startLauncher(s.reaper, "", ownExe)
 }
 
 // giveGroup makes the cgroup of a spare launcher the one of an instance.
@@ -288,7 +308,7 @@ func (s *Supervisor) dropLauncher(l *launcher) {
 // newSpare starts a spare launcher, under cgroup v1 in a cgroup of its own.
 func (s *Supervisor) newSpare() (*launcher, error) {
 	if unified() {
-		return startLauncher(s.reaper, "")
+		return startLauncher(s.reaper, "", ownExe)
 	}
 	s.mu.Lock()
 	taken := map[cgroup]bool{}
@@ -303,13 +323,13 @@ func (s *Supervisor) newSpare() (*launcher, error) {
 	err := g.make()
 	if err == nil {
 		var l *launcher
-		if l, err = startLauncher(s.reaper, g); err == nil {
+		if l, err = startLauncher(s.reaper, g, ownExe); err == nil {
 			return l, nil
 		}
 	}
 	s.log.Warn("cgroups are left to gVisor", "err", err)
 	s.removeGroup(g)
-	return startLauncher(s.reaper, "")
+	return startLauncher(s.reaper, "", ownExe)
 }
 
 func (s *Supervisor) spareGroup(n int) cgroup {

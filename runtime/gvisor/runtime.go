@@ -35,6 +35,9 @@ type Runtime struct {
 	// Exe is the program of the supervisor and of everything it starts; "" is the
 	// one we are. It may be removed while it runs.
 	Exe string
+	// Programs is the directory of the programs of engines, each under its name:
+	// Exe's and those of earlier versions. "" is none.
+	Programs string
 	// Args is the supervisor's command line. Nil is "cay supervise --dir Dir".
 	// Args[0] must not begin with "runsc".
 	Args []string
@@ -146,7 +149,7 @@ func (r *Runtime) ensure(ctx context.Context) error {
 	if err != nil && r.ending {
 		return errEnding
 	}
-	if err == nil && (h.Protocol != Protocol || h.Engine != EngineVersion) {
+	if err == nil && (h.Protocol != Protocol || h.Engine != Version()) {
 		r.log.Info("replacing the supervisor of another version", "pid", h.PID, "engine", h.Engine, "protocol", h.Protocol, "instances", h.Instances)
 		if err := r.post(ctx, pathLeave, nil); err != nil {
 			return r.unavailable("the supervisor of another version does not leave", err)
@@ -332,7 +335,7 @@ func (r *Runtime) Info(ctx context.Context) (runtime.Info, error) {
 	}
 	d["supervisor_pid"] = strconv.Itoa(h.PID)
 	d["protocol"] = strconv.Itoa(h.Protocol)
-	return runtime.Info{Name: "gvisor", Version: h.Engine, Platform: enginePlatform, Detail: d}, nil
+	return runtime.Info{Name: "gvisor", Version: h.Engine, Program: r.program(), Platform: enginePlatform, Detail: d}, nil
 }
 
 // Create implements [runtime.Runtime].
@@ -341,7 +344,25 @@ func (r *Runtime) Create(ctx context.Context, s runtime.Spec) error {
 	if err != nil {
 		return fmt.Errorf("encoding the spec: %w", err)
 	}
-	return r.call(ctx, http.MethodPost, pathCreate, body, nil)
+	path := pathCreate
+	if e := s.Engine; e.Version != "" && e.Version != Version() {
+		file := filepath.Join(r.Programs, e.Program)
+		if _, err := os.Stat(file); err != nil || r.Programs == "" || e.Program == "" {
+			return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerRuntime,
+				Message: fmt.Sprintf("the engine %s is not there any more; this node has %s", e.Version, Version()),
+				Fix:     "start from the disk alone, or with the version of Cay that has it", Err: err}
+		}
+		path += "?" + url.Values{"program": {file}}.Encode()
+	}
+	return r.call(ctx, http.MethodPost, path, body, nil)
+}
+
+// program names our own engine's program.
+func (r *Runtime) program() string {
+	if r.Exe == "" || filepath.Dir(r.Exe) != filepath.Clean(r.Programs) {
+		return ""
+	}
+	return filepath.Base(r.Exe)
 }
 
 // Start implements [runtime.Runtime].

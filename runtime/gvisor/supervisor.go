@@ -43,7 +43,7 @@ type Supervisor struct {
 	DebugDir string
 	Now      func() time.Time // nil: time.Now
 
-	// engine is the version it calls its own; empty is EngineVersion. For tests.
+	// engine is the version it calls its own; empty is that of the build. For tests.
 	engine  string
 	home    home
 	log     *slog.Logger
@@ -81,7 +81,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	prepareEngine(true)
 	silenceEngineLog()
 	if s.engine == "" {
-		s.engine = EngineVersion
+		s.engine = Version()
 	}
 	s.log = s.Log
 	if s.log == nil {
@@ -280,12 +280,17 @@ func (s *Supervisor) publish(e exit) {
 	s.news = make(chan struct{})
 }
 
-// create makes an instance. A failed one leaves nothing.
-func (s *Supervisor) create(ctx context.Context, spec runtime.Spec) error {
+// create makes an instance, by the program of another engine if there is one. A
+// failed one leaves nothing.
+func (s *Supervisor) create(ctx context.Context, spec runtime.Spec, program string) error {
 	if err := checkSpec(spec, s.home.instance(spec.ID)); err != nil {
 		return err
 	}
-	i := s.newInstance(record{Format: recordFormat, ID: spec.ID, Engine: s.engine, Boot: bootID(),
+	engine := s.engine
+	if program != "" {
+		engine = spec.Engine.Version
+	}
+	i := s.newInstance(record{Format: recordFormat, ID: spec.ID, Engine: engine, Boot: bootID(),
 		State: creating, CreatedAt: s.now().UTC(), Labels: spec.Labels})
 	i.op.Lock()
 	s.mu.Lock()
@@ -300,7 +305,7 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec) error {
 	s.instances[spec.ID] = i
 	s.mu.Unlock()
 	began := s.now()
-	err := i.create(ctx, spec)
+	err := i.create(ctx, spec, program)
 	select {
 	case s.wantSpare <- struct{}{}: // not before: its start would compete with this one
 	default:
@@ -479,7 +484,7 @@ func (s *Supervisor) handler() http.Handler {
 		if err := json.NewDecoder(http.MaxBytesReader(nil, r.Body, 4<<20)).Decode(&spec); err != nil {
 			return fmt.Errorf("decoding the spec: %w", err)
 		}
-		return s.create(ctx, spec)
+		return s.create(ctx, spec, r.URL.Query().Get("program"))
 	}))
 	// Once begun, these are carried through, whatever becomes of the asker.
 	each := func(path, what string, f func(i *instance, dir string) error) {

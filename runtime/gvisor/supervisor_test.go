@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -52,6 +53,13 @@ func TestUpgrade(t *testing.T) {
 	}
 	_, lines := says(t, r, running.ID, "tick 0")
 	says(t, r, running.ID, fmt.Sprint("tick ", len(lines)+20))
+	// What it is told, it is told by its own program.
+	memory := t.TempDir()
+	if err := errors.Join(r.Freeze(t.Context(), running.ID), r.Checkpoint(t.Context(), running.ID, memory), r.Thaw(t.Context(), running.ID)); err != nil {
+		t.Errorf("saving a guest of the other engine: %v", err)
+	}
+	_, lines = says(t, r, running.ID, "tick")
+	says(t, r, running.ID, fmt.Sprint("tick ", len(lines)+20))
 	if i := one(t, r, waiting.ID); i.State != runtime.Exited || !strings.Contains(i.Exit.Message, "v0.0.0-older") {
 		t.Errorf("the prepared guest of the other engine is %+v", i)
 	}
@@ -59,6 +67,51 @@ func TestUpgrade(t *testing.T) {
 		if err := r.Kill(t.Context(), id); err != nil {
 			t.Error(err)
 		}
+	}
+	if left := m.leftovers(t); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// TestAnotherEngine gives a guest another engine than the supervisor's, for its
+// whole life. That the other one is of another gVisor, test/upgrade proves.
+func TestAnotherEngine(t *testing.T) {
+	m, r := open(t)
+	programs := filepath.Join(m.dir, "engine")
+	if err := os.Mkdir(programs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "cp", "/proc/"+strconv.Itoa(os.Getpid())+"/exe", filepath.Join(programs, "other"))
+	r.Programs = programs
+	first, next := m.spec(t, "tick"), m.spec(t, "tick")
+	first.Engine = runtime.Engine{Version: "v0.0.0-older", Program: "gone"}
+	if err := r.Create(t.Context(), first); cay.CodeOf(err) != cay.CodeSnapshotIncompatible {
+		t.Errorf("an engine that is not there: %v", err)
+	}
+	first.Engine.Program = "other"
+	next.Engine = first.Engine
+	if err := errors.Join(r.Create(t.Context(), first), r.Start(t.Context(), first.ID)); err != nil {
+		t.Fatal(err)
+	}
+	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", one(t, r, first.ID).PID))
+	if err != nil || exe != filepath.Join(programs, "other") {
+		t.Errorf("the guest runs on %s, %v", exe, err)
+	}
+	says(t, r, first.ID, "tick 2")
+	memory := t.TempDir()
+	if err := errors.Join(r.Freeze(t.Context(), first.ID), r.Checkpoint(t.Context(), first.ID, memory), r.Kill(t.Context(), first.ID)); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.Create(t.Context(), next), r.Restore(t.Context(), next.ID, memory)); err != nil {
+		t.Fatal(err)
+	}
+	says(t, r, next.ID, "tick 10")
+	// Its file may go while it runs.
+	if err := os.Remove(filepath.Join(programs, "other")); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.Freeze(t.Context(), next.ID), r.Thaw(t.Context(), next.ID), r.Kill(t.Context(), next.ID)); err != nil {
+		t.Error(err)
 	}
 	if left := m.leftovers(t); len(left) > 0 {
 		t.Errorf("left: %v", left)

@@ -13,13 +13,13 @@ import (
 // Protocol is the number of the protocol between server and supervisor. It
 // rises when an older peer would misunderstand a newer one; GET /hello and
 // POST /leave keep their meaning for ever, so that any two can part.
-const Protocol = 2
+const Protocol = 3
 
 // The paths of the supervisor's API. Everything is JSON.
 const (
 	pathHello      = "/hello"      // GET → hello
 	pathLeave      = "/leave"      // POST: end, leaving the guests to a successor
-	pathCreate     = "/create"     // POST runtime.Spec
+	pathCreate     = "/create"     // POST ?program= runtime.Spec
 	pathStart      = "/start"      // POST ?id=
 	pathFreeze     = "/freeze"     // POST ?id=
 	pathThaw       = "/thaw"       // POST ?id=
