@@ -98,6 +98,15 @@ type Owned struct {
 	Slots      []int    // network slots
 }
 
+// EarlierEngine is an engine other than the present one, and who needs it.
+type EarlierEngine struct {
+	Program   string // the name of its program; empty if it never was a file
+	Version   string // empty if nobody needs it
+	Kept      bool   // its program is there
+	Guests    []string
+	Snapshots []string
+}
+
 // Template is the current build of a template, as far as a check of it got.
 type Template struct {
 	Name  string
@@ -157,6 +166,7 @@ type Doctor struct {
 
 	// The parts of the product.
 	Engine    func(context.Context) (runtime.Info, error)
+	Earlier   func(context.Context) ([]EarlierEngine, error)
 	Store     func(context.Context) error
 	Blobs     func(context.Context) (blob.Store, error)
 	Owned     func(context.Context) (Owned, error)

@@ -31,6 +31,12 @@ func TestGoodMachine(t *testing.T) {
 	}
 }
 
+func earlier(err error, all ...EarlierEngine) func(*Doctor) {
+	return func(d *Doctor) {
+		d.Earlier = func(context.Context) ([]EarlierEngine, error) { return all, err }
+	}
+}
+
 // Each case is a machine with one thing wrong. Evidence and repair are what
 // the operator is told.
 func TestMachines(t *testing.T) {
@@ -186,6 +192,18 @@ func TestMachines(t *testing.T) {
 		{name: "engine does not start", tree: good(), set: func(d *Doctor) {
 			d.Engine = func(context.Context) (runtime.Info, error) { return runtime.Info{}, errTyped }
 		}, id: "runtime.engine", verdict: Fail, evidence: "gone"},
+		{name: "snapshots of earlier engines", tree: good(), set: earlier(nil,
+			EarlierEngine{Program: "0a1b", Version: "v0", Kept: true, Snapshots: []string{"s1", "s2"}, Guests: []string{"e1"}},
+			EarlierEngine{Program: "0c0d", Kept: true}),
+			id: "runtime.engines", verdict: OK, evidence: "kept: 0a1b (v0) for snapshots s1, s2, sandboxes e1; 0c0d for nobody"},
+		{name: "a snapshot whose engine is gone", tree: good(), set: earlier(nil,
+			EarlierEngine{Program: "0a1b", Version: "v0", Kept: true, Snapshots: []string{"s1"}},
+			EarlierEngine{Program: "0c0d", Version: "v1", Snapshots: []string{"1", "2", "3", "4", "5", "6", "7", "8", "9", "10"}}),
+			id: "runtime.engines", verdict: Warn, evidence: "not there any more: v1 of snapshots 1, 2, 3, 4, 5, 6, 7, 8 and 2 more", repair: "memory: false"},
+		{name: "a sandbox whose engine's file is gone runs on", tree: good(), set: earlier(nil, EarlierEngine{Version: "v1", Guests: []string{"e1"}}),
+			id: "runtime.engines", verdict: OK, evidence: "present engine"},
+		{name: "a snapshot that cannot be read", tree: good(), set: earlier(errTyped),
+			id: "runtime.engines", verdict: Fail, evidence: "gone"},
 		{name: "no mmdebstrap", tree: good(), set: func(d *Doctor) { d.LookPath = func(string) (string, error) { return "", errPlain } }, id: "template.tools", verdict: Warn, evidence: "mmdebstrap", repair: "apt-get install mmdebstrap"},
 		{name: "no template", tree: good(), set: func(d *Doctor) { d.Templates = func(context.Context, bool) ([]Template, error) { return nil, nil } }, id: "template.builds", verdict: Warn, evidence: "there is none"},
 		{name: "template without a layer", tree: good(), set: func(d *Doctor) {

@@ -3,12 +3,14 @@ package doctor
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 )
 
 var runtimeChecks = []check{
 	{id: "runtime.server", title: "server", run: needRoot(checkServer)},
 	{id: "runtime.engine", title: "engine", run: needRoot(checkEngine), alone: true, limit: 30 * time.Second},
+	{id: "runtime.engines", title: "engines of snapshots", run: needRoot(checkEngines)},
 }
 
 func checkServer(ctx context.Context, d *Doctor) Finding {
@@ -35,4 +37,56 @@ func checkEngine(ctx context.Context, d *Doctor) Finding {
 		return failed(err, "see the findings on the host above")
 	}
 	return ok("%s %s, platform %s", info.Name, info.Version, info.Platform)
+}
+
+// checkEngines says which snapshots hold which engine. Their memory is restored
+// by the version that wrote it alone.
+func checkEngines(ctx context.Context, d *Doctor) Finding {
+	if d.Earlier == nil {
+		return skip("the data directory was never used")
+	}
+	all, err := d.Earlier(ctx)
+	if err != nil {
+		return failed(err, "`cay snapshot verify` names the damaged part; while a snapshot cannot be read, every engine is kept")
+	}
+	var kept, gone []string
+	for _, e := range all {
+		who := e.holders()
+		switch {
+		case e.Kept && who == "":
+			kept = append(kept, e.Program+" for nobody")
+		case e.Kept:
+			kept = append(kept, fmt.Sprintf("%s (%s) for %s", e.Program, e.Version, who))
+		case len(e.Snapshots) > 0:
+			gone = append(gone, fmt.Sprintf("%s of %s", e.Version, who))
+		}
+	}
+	switch {
+	case gone != nil:
+		return warn("not there any more: "+strings.Join(gone, "; "),
+			"the snapshots can be started without their memory (memory: false), or with the version of Cay that wrote them")
+	case kept == nil:
+		return ok("every snapshot with a memory is of the present engine")
+	}
+	return ok("kept: %s", strings.Join(kept, "; "))
+}
+
+// holders names who needs the engine.
+func (e EarlierEngine) holders() string {
+	var who []string
+	for _, h := range []struct {
+		what string
+		ids  []string
+	}{{"snapshots", e.Snapshots}, {"sandboxes", e.Guests}} {
+		const shown = 8
+		if len(h.ids) == 0 {
+			continue
+		}
+		text := h.what + " " + strings.Join(h.ids[:min(shown, len(h.ids))], ", ")
+		if n := len(h.ids) - shown; n > 0 {
+			text += fmt.Sprintf(" and %d more", n)
+		}
+		who = append(who, text)
+	}
+	return strings.Join(who, ", ")
 }

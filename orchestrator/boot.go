@@ -98,10 +98,11 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	g := &guest{allow: b.allow, exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
 		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
-		EnvdVersion: b.manifest.EnvdVersion}}
+		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}
 	if b.from != nil {
 		g.rec.From, g.rec.Restored = b.from.ID, b.from.memory
 		if b.from.memory {
+			g.rec.Engine = o.engineOf(b.from.Snapshot)
 			g.rec.ControlToken = b.from.secrets.ControlToken // until it is told another
 		}
 	}
@@ -180,7 +181,7 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 
 	began := o.now()
 	err = o.Runtime.Create(ctx, runtime.Spec{
-		ID: runtime.InstanceID(rec.Execution), RootFS: root.Path, NetNS: slot.NetNS,
+		ID: runtime.InstanceID(rec.Execution), Engine: rec.Engine, RootFS: root.Path, NetNS: slot.NetNS,
 		Args: []string{b.manifest.Init},
 		Env: []string{
 			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -73,6 +73,7 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	if ok {
 		o.again("removing the record", id, func() error { return o.records.remove(id) })
 	}
+	o.lookAtEngines()
 	o.wake()
 }
 

@@ -42,6 +42,16 @@ type Disks interface {
 	ListSaved(ctx context.Context) ([]string, error)
 }
 
+// Engines keeps the programs of engines: the present one, and earlier ones for
+// the guests and the snapshots that need them.
+type Engines interface {
+	// List returns the names of the programs that are there.
+	List() ([]string, error)
+	// Remove takes one away; an unknown one is no error. Processes that run it
+	// keep it.
+	Remove(name string) error
+}
+
 // Builds finds builds on this machine.
 type Builds interface {
 	// Open returns the manifest of a build and the files of its layers,

@@ -31,6 +31,7 @@ type Orchestrator struct {
 	Disks   Disks
 	Builds  Builds
 	Catalog catalog.Catalog
+	Engines Engines // nil: there is the runtime's own engine only
 	Streams Streams // may be nil
 	Guest   Guest   // nil is HTTP to the guest's control port
 
@@ -50,10 +51,15 @@ type Orchestrator struct {
 
 	records   records
 	snapshots snapshots
-	meter     meter
-	ends      ends
-	past      past
-	turn      chan struct{} // one token per boot under way
+	// What the runtime is, which never changes under a server.
+	runtimeName string
+	engine      runtime.Engine
+	engineKick  chan struct{} // wakes keepEngines
+	unread      bool          // a record could not be read
+	meter       meter
+	ends        ends
+	past        past
+	turn        chan struct{} // one token per boot under way
 
 	// life ends with Close; background work holds wg.
 	life   context.Context
@@ -126,7 +132,7 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.bySbx = map[cay.SandboxID]*guest{}
 	o.starting = map[cay.SandboxID]*start{}
 	o.hot = map[poolKey]time.Time{}
-	o.kick = make(chan struct{}, 1)
+	o.kick, o.engineKick = make(chan struct{}, 1), make(chan struct{}, 1)
 	o.turn = make(chan struct{}, bootsAtOnce())
 	o.ends.init()
 	o.past.init(o.now)
@@ -141,7 +147,12 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 		o.MaxSandboxes = defaultMax
 	}
 	o.life, o.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := o.reconcile(ctx); err != nil {
+	info, err := o.Runtime.Info(ctx)
+	if err == nil {
+		o.runtimeName, o.engine = info.Name, runtime.Engine{Version: info.Version, Program: info.Program}
+		err = o.reconcile(ctx)
+	}
+	if err != nil {
 		o.cancel()
 		o.wg.Wait()
 		return err
@@ -151,6 +162,8 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.mu.Unlock()
 	o.wg.Go(func() { o.fill(o.life) })
 	o.wg.Go(func() { o.measureAll(o.life) })
+	o.wg.Go(func() { o.keepEngines(o.life) })
+	o.lookAtEngines()
 	return nil
 }
 

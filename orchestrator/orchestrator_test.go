@@ -111,7 +111,7 @@ func (e engine) Info(context.Context) (runtime.Info, error) {
 	if e.err("version") != nil {
 		v = "2"
 	}
-	return runtime.Info{Name: "fake", Version: v}, nil
+	return runtime.Info{Name: "fake", Version: v, Program: "program-" + v}, nil
 }
 func (e engine) Create(ctx context.Context, s runtime.Spec) error {
 	if err := e.err("create"); err != nil {

@@ -14,11 +14,22 @@ import (
 // may run beside an orchestrator, and needs none. A record that cannot be read
 // is in the error; the rest is returned with it.
 func Owned(dir string) (executions []string, slots []int, err error) {
+	recs, errs := readRecords(dir)
+	for _, r := range recs {
+		executions = append(executions, string(r.Execution))
+		if r.Slot >= 0 {
+			slots = append(slots, r.Slot)
+		}
+	}
+	return executions, slots, errors.Join(errs...)
+}
+
+// readRecords reads the records in a directory and changes nothing there.
+func readRecords(dir string) (recs []record, errs []error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // absent: nothing was ever started
-		return nil, nil, fmt.Errorf("reading the node's records: %w", err)
+		return nil, []error{fmt.Errorf("reading the node's records: %w", err)}
 	}
-	var errs []error
 	for _, e := range entries {
 		if filepath.Ext(e.Name()) != ".json" {
 			continue
@@ -38,10 +49,7 @@ func Owned(dir string) (executions []string, slots []int, err error) {
 			errs = append(errs, fmt.Errorf("reading the record %s: %w", e.Name(), err))
 			continue
 		}
-		executions = append(executions, string(r.Execution))
-		if r.Slot >= 0 {
-			slots = append(slots, r.Slot)
-		}
+		recs = append(recs, r)
 	}
-	return executions, slots, errors.Join(errs...)
+	return recs, errs
 }

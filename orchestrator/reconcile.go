@@ -20,6 +20,7 @@ import (
 //   - an engine instance, a disk or a slot that no record names: remove.
 func (o *Orchestrator) reconcile(ctx context.Context) error {
 	recs, errs := o.records.readAll()
+	o.unread = len(errs) > 0
 	for _, err := range errs {
 		o.log().Error("a record of the node cannot be used; what it names is left alone", "error", err)
 	}
@@ -36,6 +37,9 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 	half := map[cay.SnapshotID]bool{} // in the making
 	for _, r := range recs {
 		owned[r.Execution] = true
+		if r.Engine.Version == "" {
+			r.Engine = o.engine
+		}
 		g := &guest{rec: r, allow: true, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
 		o.mu.Lock()
 		o.guests[r.Execution] = g

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/runtime"
 )
 
 // recordFormat is the number of the record's format. A server that meets a
@@ -61,6 +62,8 @@ type record struct {
 	ControlToken string          `json:"controlToken"`
 	EnvdVersion  string          `json:"envdVersion,omitempty"`
 	Steps        []cay.StartStep `json:"steps,omitempty"`
+	// Engine is the one that runs it.
+	Engine runtime.Engine `json:"engine,omitzero"`
 	// From is the snapshot it was made from, Restored that its memory came from
 	// there, and Degraded why not, if that was wished for.
 	From     cay.SnapshotID `json:"from,omitempty"`

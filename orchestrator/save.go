@@ -81,10 +81,6 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m
 	if err != nil {
 		return m, 0, err
 	}
-	info, err := o.Runtime.Info(ctx)
-	if err != nil {
-		return m, 0, err
-	}
 	// What is written back now is not written while the guest stands still.
 	o.mu.Lock()
 	addr, rec := g.addr(), g.rec
@@ -129,7 +125,7 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m
 	}
 	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
 		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
-		Parent: rec.From, Runtime: info.Name, RuntimeVersion: info.Version}
+		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
 	if q.Memory {
 		if m.Memory, err = measure(ctx, memory); err != nil {
 			return m, frozen, storageError("read back the memory of snapshot "+string(q.Snapshot), err)
@@ -245,7 +241,7 @@ func (o *Orchestrator) bootFrom(ctx context.Context, b boot, c cay.SandboxConfig
 	if c.Mode == cay.StartCold || (len(m.Memory) == 0 && c.Mode != cay.StartRestore) {
 		return o.boot(ctx, b)
 	}
-	unfit := o.memoryFits(ctx, m)
+	unfit := o.memoryFits(m)
 	if unfit == nil {
 		b.from.memory = true
 		return o.boot(ctx, b)
@@ -266,18 +262,14 @@ func (o *Orchestrator) bootFrom(ctx context.Context, b boot, c cay.SandboxConfig
 // memoryFits says why the memory of a snapshot cannot be restored here, if it
 // cannot: it is not there, or of another engine. Damaged memory is not judged
 // here: to go on without it, unasked, would hide that something was lost.
-func (o *Orchestrator) memoryFits(ctx context.Context, m cay.Snapshot) error {
+func (o *Orchestrator) memoryFits(m cay.Snapshot) error {
 	if len(m.Memory) == 0 {
 		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
 			Message: fmt.Sprintf("snapshot %s has no memory: only its disk was saved", m.ID), Fix: "start it cold"}
 	}
-	info, err := o.Runtime.Info(ctx)
-	if err != nil {
-		return err
-	}
-	if m.Runtime != info.Name || m.RuntimeVersion != info.Version {
+	if m.Runtime != o.runtimeName || !o.hasEngine(o.engineOf(m)) {
 		return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerRuntime,
-			Message: fmt.Sprintf("the memory of snapshot %s was written by %s %s; this node has %s %s", m.ID, m.Runtime, m.RuntimeVersion, info.Name, info.Version),
+			Message: fmt.Sprintf("the memory of snapshot %s was written by %s %s; this node has %s %s", m.ID, m.Runtime, m.RuntimeVersion, o.runtimeName, o.engine.Version),
 			Fix:     "start it cold (memory: false), or with the version of Cay that wrote it"}
 	}
 	for _, p := range m.Memory {
@@ -312,6 +304,7 @@ func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) er
 	if err := o.snapshots.remove(id); err != nil {
 		return err
 	}
+	o.lookAtEngines()
 	return o.Disks.RemoveSaved(ctx, string(id))
 }
 

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -319,8 +321,8 @@ func flip(b []byte) []byte {
 func TestColdStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
-		o, _ := open(t, w, 0)
-		defer o.Close()
+		o, dir := open(t, w, 0)
+		defer func() { o.Close() }()
 		mustCreate(t, o, "i1")
 		withMemory, diskOnly := cay.NewSnapshotID(), cay.NewSnapshotID()
 		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: withMemory, Memory: true}); err != nil {
@@ -346,11 +348,14 @@ func TestColdStart(t *testing.T) {
 			{withMemory, cay.StartRestore, true, false, false, cay.CodeSnapshotIncompatible},
 			{cay.NewSnapshotID(), cay.StartAuto, false, false, false, cay.CodeNotFound},
 		} {
-			if tc.upgraded {
+			if tc.upgraded && w.err("version") == nil {
 				w.setFail("version", errors.New("another"))
+				if err := o.Close(); err != nil {
+					t.Fatal(err)
+				}
+				o = reopen(t, w, dir, 0)
 			}
 			s, err := o.Create(t.Context(), from("i2", tc.snap, tc.mode))
-			w.setFail("version", nil)
 			if cay.CodeOf(err) != tc.code || (err == nil && (s.Restored != tc.restored || (s.Degraded != "") != tc.degraded)) {
 				t.Errorf("%+v: %+v, %v", tc, s, err)
 			}
@@ -365,5 +370,109 @@ func TestColdStart(t *testing.T) {
 		if _, err := o.Create(t.Context(), other); cay.CodeOf(err) != cay.CodeSnapshotIncompatible {
 			t.Errorf("other resources: %v", err)
 		}
+	})
+}
+
+// programs are the engine programs of the world.
+type programs struct {
+	*world
+	names map[string]bool
+}
+
+func (p programs) List() ([]string, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Sorted(maps.Keys(p.names)), p.fail["programs"]
+}
+
+func (p programs) Remove(name string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.names, name)
+	return nil
+}
+
+// An engine is kept for as long as a snapshot with a memory, or a guest, is of
+// it, and is the one that such a memory is restored by.
+func TestEarlierEngine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		dir := t.TempDir()
+		p := programs{w, map[string]bool{"program-1": true}}
+		start := func() *orchestrator.Orchestrator {
+			o := node(w, dir, 0)
+			o.Engines = p
+			if err := o.Open(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return o
+		}
+		has := func(want ...string) {
+			t.Helper()
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if got, err := p.List(); err != nil || !slices.Equal(got, want) {
+				t.Errorf("the engines are %v, %v; want %v", got, err, want)
+			}
+		}
+		o := start()
+		mustCreate(t, o, "i1")
+		mustCreate(t, o, "i2")
+		paused, kept := cay.NewSnapshotID(), cay.NewSnapshotID()
+		m, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: paused, Memory: true, Pause: true})
+		if err != nil || m.RuntimeVersion != "1" || m.Engine != "program-1" {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		if err := o.Close(); err != nil {
+			t.Fatal(err)
+		}
+
+		w.setFail("version", errors.New("another")) // the upgrade
+		p.names["program-2"] = true
+		o = start()
+		defer func() { o.Close() }()
+		has("program-1", "program-2")
+		// What runs on the earlier engine is saved as of that one.
+		m, err = o.Save(t.Context(), "i2", cay.SaveRequest{Snapshot: kept, Memory: true})
+		if err != nil || m.RuntimeVersion != "1" || m.Engine != "program-1" {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		holders, err := orchestrator.EngineHolders(dir, o.SnapshotDir)
+		if h := holders["program-1"]; err != nil || h.Version != "1" || len(h.Guests) != 1 || len(h.Snapshots) != 2 {
+			t.Errorf("holders: %+v, %v", holders, err)
+		}
+		s, err := o.Create(t.Context(), from("i1", paused, cay.StartRestore))
+		if err != nil || !s.Restored {
+			t.Fatalf("%+v, %v", s, err)
+		}
+		if e := w.instances[runtime.InstanceID(s.ExecutionID)].spec.Engine; e != (runtime.Engine{Version: "1", Program: "program-1"}) {
+			t.Errorf("it was resumed with %+v", e)
+		}
+		cold, err := o.Create(t.Context(), from("i3", paused, cay.StartCold))
+		if err != nil || w.instances[runtime.InstanceID(cold.ExecutionID)].spec.Engine.Version != "2" {
+			t.Errorf("a cold start: %+v, %v", cold, err)
+		}
+		if err := errors.Join(o.DeleteSnapshot(t.Context(), paused), o.DeleteSnapshot(t.Context(), kept), o.Kill(t.Context(), "i2", cay.EndRequest)); err != nil {
+			t.Fatal(err)
+		}
+		has("program-1", "program-2") // i1 runs on it
+		last := cay.NewSnapshotID()
+		if _, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: last, Memory: true, Pause: true}); err != nil {
+			t.Fatal(err)
+		}
+		has("program-1", "program-2") // and it is paused now
+		// While something cannot be read, what it needs is not known.
+		broken := filepath.Join(o.SnapshotDir, string(kept))
+		if err := errors.Join(os.Mkdir(broken, 0o700), os.WriteFile(filepath.Join(broken, "manifest.json"), []byte("{"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if err := o.DeleteSnapshot(t.Context(), last); err != nil {
+			t.Fatal(err)
+		}
+		has("program-1", "program-2")
+		if err := o.DeleteSnapshot(t.Context(), kept); err != nil {
+			t.Fatal(err)
+		}
+		has("program-2")
 	})
 }

@@ -16,7 +16,7 @@ import (
 func (a *app) client() *cli.CLI {
 	c := &cli.CLI{In: a.in, Out: a.out, Err: a.err,
 		OutTerm: isTerminal(a.out), Colour: a.colour(), Term: os.Getenv("TERM"),
-		Engine: gvisor.EngineVersion, Settings: a.settings, Locate: locate}
+		Engine: gvisor.Version(), Settings: a.settings, Locate: locate}
 	if f, ok := a.in.(*os.File); ok {
 		c.InTerm = cli.FileTerminal(f)
 	}

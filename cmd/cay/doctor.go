@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -103,6 +105,9 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 		executions, slots, err := orchestrator.Owned(dir.path("run", "orchestrator"))
 		return doctor.Owned{Executions: executions, Slots: slots}, err
 	}
+	d.Earlier = func(context.Context) ([]doctor.EarlierEngine, error) {
+		return earlierEngines(engineFiles{h.rt.Programs}, h.orch.Dir, h.orch.SnapshotDir)
+	}
 	open := sync.OnceValues(func() (*file.Store, error) { return file.Open(ctx, dir.path("blobs")) })
 	d.Blobs = func(context.Context) (blob.Store, error) { return open() }
 	if _, err := os.Stat(dir.path("cay.db")); err == nil {
@@ -113,6 +118,45 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 			_ = blobs.Close() // it was read only
 		}
 	}, nil
+}
+
+// earlierEngines lists the engines that are not the one of this program.
+func earlierEngines(files engineFiles, records, snapshots string) ([]doctor.EarlierEngine, error) {
+	present := ""
+	if packed, err := guestFS.ReadFile("guest/" + engineName); err == nil {
+		present = nameOfEngine(packed)
+	}
+	names, err := files.List()
+	if err != nil {
+		return nil, err
+	}
+	holders, err := orchestrator.EngineHolders(records, snapshots)
+	if err != nil {
+		return nil, err
+	}
+	var out []doctor.EarlierEngine
+	for _, n := range names {
+		if _, held := holders[n]; !held && n != present {
+			out = append(out, doctor.EarlierEngine{Program: n, Kept: true})
+		}
+	}
+	for n, h := range holders {
+		if h.Version == gvisor.Version() {
+			continue // the present one serves it
+		}
+		e := doctor.EarlierEngine{Program: n, Version: h.Version, Kept: slices.Contains(names, n)}
+		for _, id := range h.Guests {
+			e.Guests = append(e.Guests, string(id))
+		}
+		for _, id := range h.Snapshots {
+			e.Snapshots = append(e.Snapshots, string(id))
+		}
+		out = append(out, e)
+	}
+	slices.SortFunc(out, func(a, b doctor.EarlierEngine) int {
+		return cmp.Or(strings.Compare(a.Version, b.Version), strings.Compare(a.Program, b.Program))
+	})
+	return out, nil
 }
 
 // mostTemplates bounds the check of templates.

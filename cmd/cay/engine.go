@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,8 +50,14 @@ func installEngine(dir string, log *slog.Logger) (string, error) {
 	if err != nil {
 		return "", errDataDir(filepath.Dir(dir), fmt.Errorf("unpacking the engine: %w", err))
 	}
-	removeOthers(dir, filepath.Base(path), log)
+	engineFiles{dir}.removeHalf(log)
 	return path, nil
+}
+
+// nameOfEngine names a packed program after its content.
+func nameOfEngine(packed []byte) string {
+	sum := sha256.Sum256(packed)
+	return hex.EncodeToString(sum[:8])
 }
 
 // unpackEngine writes the program to a file that is named after its content,
@@ -59,8 +66,7 @@ func unpackEngine(packed []byte, dir string) (string, error) {
 	if len(packed) < 8 {
 		return "", errors.New("the embedded program is cut off")
 	}
-	sum := sha256.Sum256(packed)
-	path := filepath.Join(dir, hex.EncodeToString(sum[:8]))
+	path := filepath.Join(dir, nameOfEngine(packed))
 	size := binary.LittleEndian.Uint32(packed[len(packed)-4:]) // the end of a gzip file is the size of what is in it
 	if have, err := os.Stat(path); err == nil && have.Size() == int64(size) && have.Mode().Perm() == 0o755 {
 		return path, nil
@@ -69,7 +75,7 @@ func unpackEngine(packed []byte, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	f, err := os.CreateTemp(dir, "new-")
+	f, err := os.CreateTemp(dir, newEngine)
 	if err != nil {
 		return "", err
 	}
@@ -83,19 +89,44 @@ func unpackEngine(packed []byte, dir string) (string, error) {
 	return path, os.Rename(f.Name(), path)
 }
 
-// removeOthers removes the programs of other versions. Processes that run one
-// keep it.
-func removeOthers(dir, keep string, log *slog.Logger) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		log.Warn("former engine programs cannot be listed", "err", err)
+// newEngine begins the names of programs that are being unpacked.
+const newEngine = "new-"
+
+// engineFiles are the unpacked programs. It implements [orchestrator.Engines].
+type engineFiles struct{ dir string }
+
+// List implements [orchestrator.Engines].
+func (f engineFiles) List() ([]string, error) {
+	entries, err := os.ReadDir(f.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
 	}
+	if err != nil {
+		return nil, fmt.Errorf("listing the engine programs: %w", err)
+	}
+	var names []string
 	for _, e := range entries {
-		if e.Name() == keep {
-			continue
+		if !strings.HasPrefix(e.Name(), newEngine) {
+			names = append(names, e.Name())
 		}
-		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			log.Warn("a former engine program cannot be removed", "err", err)
+	}
+	return names, nil
+}
+
+// Remove implements [orchestrator.Engines].
+func (f engineFiles) Remove(name string) error {
+	if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing the engine program %s: %w", name, err)
+	}
+	return nil
+}
+
+// removeHalf removes what a crash left of unpacking.
+func (f engineFiles) removeHalf(log *slog.Logger) {
+	half, _ := filepath.Glob(filepath.Join(f.dir, newEngine+"*")) // the pattern is valid
+	for _, path := range half {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			log.Warn("half of an engine program cannot be removed", "err", err)
 		}
 	}
 }

@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -59,10 +62,28 @@ func TestUnpackEngine(t *testing.T) {
 	if err != nil || other == path {
 		t.Fatalf("another version is %s, %v", other, err)
 	}
-	removeOthers(dir, filepath.Base(other), slog.New(slog.DiscardHandler))
-	entries, _ := os.ReadDir(dir)
-	if len(entries) != 1 || entries[0].Name() != filepath.Base(other) {
-		t.Errorf("the directory holds %v", entries)
+	files := engineFiles{dir}
+	half := filepath.Join(dir, newEngine+"1")
+	if err := os.WriteFile(half, []byte("#!"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{filepath.Base(path), filepath.Base(other)}
+	slices.Sort(want)
+	if got, err := files.List(); err != nil || !slices.Equal(got, want) {
+		t.Errorf("the programs are %v, %v; want %v", got, err, want)
+	}
+	files.removeHalf(slog.New(slog.DiscardHandler))
+	if _, err := os.Stat(half); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what a crash left of unpacking: %v", err)
+	}
+	if err := errors.Join(files.Remove(filepath.Base(path)), files.Remove(filepath.Base(path))); err != nil {
+		t.Error(err)
+	}
+	if got, err := files.List(); err != nil || !slices.Equal(got, []string{filepath.Base(other)}) {
+		t.Errorf("after the removal of one: %v, %v", got, err)
+	}
+	if got, err := (engineFiles{filepath.Join(dir, "absent")}).List(); err != nil || got != nil {
+		t.Errorf("of a directory that is not there: %v, %v", got, err)
 	}
 }
 

@@ -66,10 +66,11 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 		Warm: 4, Log: log.With("part", "network")}
 	h.rt = gvisor.New(d.path("run", "gvisor"))
 	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
+	h.rt.Programs = d.path("engine")
 	h.rt.Log = log.With("part", "runtime")
 	h.orch = &orchestrator.Orchestrator{
 		Node: nodeID, Dir: d.path("run", "orchestrator"), SnapshotDir: d.path("snapshots"),
-		Runtime: h.rt, Slots: h.nets, Disks: h.disks,
+		Runtime: h.rt, Engines: engineFiles{h.rt.Programs}, Slots: h.nets, Disks: h.disks,
 		Catalog: memory.New(), Streams: streams,
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
 		MemoryAvailable: orchestrator.MemoryAvailable,
