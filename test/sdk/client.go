@@ -38,6 +38,9 @@ var Clients = []Client{
 	{"python-async", "python", "requirements.txt", pip, []string{"{dir}/venv/bin/python", "-B", "run.py", "async"}},
 }
 
+// CLI is the official command line.
+var CLI = Client{"cli", "cli", "package-lock.json", npm, []string{"{dir}/node_modules/.bin/e2b"}}
+
 const (
 	npm = `npm ci --no-audit --no-fund --loglevel=error`
 	pip = `python3 -m venv venv && venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt`
@@ -45,7 +48,7 @@ const (
 
 // Install installs every client that is not. It needs the real network.
 func Install() error {
-	for _, c := range Clients {
+	for _, c := range append(slices.Clone(Clients), CLI) {
 		if err := c.prepare(); err != nil {
 			return fmt.Errorf("installing the client %s: %w", c.Name, err)
 		}
@@ -90,6 +93,22 @@ func (c Client) prepare() error {
 	return os.WriteFile(done, nil, 0o644)
 }
 
+// Command returns the client's command, pointed at the server.
+func (c Client) Command(t *testing.T, server *program.Server, args ...string) *exec.Cmd {
+	t.Helper()
+	home, err := c.home()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := append(slices.Clone(c.run), args...)
+	for i := range c.run {
+		all[i] = strings.ReplaceAll(all[i], "{dir}", home)
+	}
+	cmd := exec.CommandContext(t.Context(), all[0], all[1:]...)
+	cmd.Env = server.Env()
+	return cmd
+}
+
 // Result is what a runner prints for each scenario.
 type Result struct {
 	Name  string
@@ -122,16 +141,8 @@ func (c Client) Exercise(t *testing.T, server *program.Server, scenarios []strin
 // results runs the client's runner to its end.
 func (c Client) results(t *testing.T, server *program.Server, further []string) []Result {
 	t.Helper()
-	home, err := c.home()
-	if err != nil {
-		t.Fatal(err)
-	}
-	args := slices.Clone(c.run)
-	for i := range args {
-		args[i] = strings.ReplaceAll(args[i], "{dir}", home)
-	}
-	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
-	cmd.Env = append(server.Env(), further...)
+	cmd := c.Command(t, server)
+	cmd.Env = append(cmd.Env, further...)
 	cmd.WaitDelay = time.Second
 	var said strings.Builder
 	cmd.Stderr = &said
@@ -142,7 +153,7 @@ func (c Client) results(t *testing.T, server *program.Server, further []string) 
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	stop := time.AfterFunc(3*time.Minute, func() { _ = cmd.Process.Kill() }) // the missing scenarios are the failure
+	stop := time.AfterFunc(6*time.Minute, func() { _ = cmd.Process.Kill() }) // the missing scenarios are the failure
 	defer stop.Stop()
 	var results []Result
 	for sc := bufio.NewScanner(out); sc.Scan(); {
