@@ -32,17 +32,20 @@ const fails = async (promise, name) => {
   }
   assert.fail(`want a ${name}, got no error`)
 }
-const until = async (what, ms, f) => {
-  const end = Date.now() + ms
+// How long to wait for what must come. It says nothing about how fast that is:
+// the machine may do other things.
+const patience = 60_000
+const until = async (what, f) => {
+  const end = Date.now() + patience
   for (;;) {
     const v = await f()
     if (v) return v
-    assert.ok(Date.now() < end, `not within ${ms} ms: ${what}`)
+    assert.ok(Date.now() < end, `not within ${patience} ms: ${what}`)
     await new Promise((r) => setTimeout(r, 50))
   }
 }
 const tag = `js-${version}-${process.pid}`
-const opts = { timeoutMs: 120_000 }
+const opts = { timeoutMs: 600_000 }
 let sbx // shared by the scenarios of commands and files
 
 const scenarios = {
@@ -56,13 +59,15 @@ const scenarios = {
     assert.deepEqual([r.stdout, r.stderr, r.exitCode], ['out\nno newline ✓', 'err\n', 0])
   },
   'output as it comes': async () => {
-    const seen = []
-    await sbx.commands.run('echo one; sleep 0.4; echo two; sleep 0.2; echo three >&2', {
-      onStdout: (d) => { seen.push([Date.now(), d]) },
-      onStderr: (d) => { seen.push([Date.now(), d]) },
-    })
-    assert.equal(seen.map((s) => s[1]).join(''), 'one\ntwo\nthree\n')
-    assert.ok(seen.at(-1)[0] - seen[0][0] >= 300, 'all output came at the end')
+    let seen = ''
+    const take = (d) => { seen += d }
+    const wait = 'until [ -e /tmp/go-on ]; do sleep 0.05; done'
+    const command = sbx.commands.run(`echo one; ${wait}; echo two; sleep 0.2; echo three >&2`, { onStdout: take, onStderr: take })
+    command.catch(() => {}) // it is awaited below
+    await until('the first line comes while the command waits', () => seen === 'one\n')
+    await sbx.files.write('/tmp/go-on', '')
+    await command
+    assert.equal(seen, 'one\ntwo\nthree\n')
   },
   'much output': async () => {
     const r = await sbx.commands.run('seq 1 200000')
@@ -95,7 +100,7 @@ const scenarios = {
     assert.equal(p.cmd, '/bin/bash')
     assert.deepEqual(p.args, ['-l', '-c', 'sleep 77'])
     await h.kill()
-    await until('the command is not listed any more', 5000, async () => !(await sbx.commands.list()).some((p) => p.pid === h.pid))
+    await until('the command is not listed any more', async () => !(await sbx.commands.list()).some((p) => p.pid === h.pid))
   },
   'kill a command': async () => {
     const h = await sbx.commands.run('sleep 600', { background: true })
@@ -104,9 +109,10 @@ const scenarios = {
     assert.equal(await sbx.commands.kill(999999), false)
   },
   'connect to a command': async () => {
-    const h = await sbx.commands.run('sleep 0.5; echo later', { background: true })
+    const h = await sbx.commands.run('until [ -e /tmp/say-it ]; do sleep 0.05; done; echo later', { background: true })
     await h.disconnect()
     const again = await sbx.commands.connect(h.pid)
+    await sbx.files.write('/tmp/say-it', '')
     assert.equal((await again.wait()).stdout, 'later\n')
   },
   'stdin': async () => {
@@ -133,10 +139,10 @@ const scenarios = {
   },
   'command timeout': async () => {
     const began = Date.now()
-    await fails(sbx.commands.run('echo $$ > /tmp/slow.pid; sleep 60', { timeoutMs: 700 }), 'TimeoutError')
-    assert.ok(Date.now() - began < 5000, 'the timeout came late')
+    await fails(sbx.commands.run('echo $$ > /tmp/slow.pid; sleep 600', { timeoutMs: 700 }), 'TimeoutError')
+    assert.ok(Date.now() - began < patience, 'the timeout came late')
     // The command is ended, not only let go of.
-    await until('the command is gone', 5000, async () =>
+    await until('the command is gone', async () =>
       (await sbx.commands.run('kill -0 $(cat /tmp/slow.pid) 2>/dev/null && echo alive || echo gone')).stdout === 'gone\n')
   },
   'python and node': async () => {
@@ -199,15 +205,15 @@ const scenarios = {
     const i = await sbx.getInfo()
     assert.deepEqual([i.sandboxId, i.state, i.metadata], [sbx.sandboxId, 'running', { run: tag, 'a b': 'c&d=e' }])
     assert.ok(i.cpuCount > 0 && i.memoryMB > 0 && i.envdVersion)
-    assert.ok(Math.abs(i.endAt - i.startedAt - opts.timeoutMs) < 3000, `ends ${i.endAt - i.startedAt} ms after its start`)
+    assert.ok(Math.abs(i.endAt - i.startedAt - opts.timeoutMs) < patience, `ends ${i.endAt - i.startedAt} ms after its start`)
   },
   'set timeout': async () => {
-    await sbx.setTimeout(300_000)
+    await sbx.setTimeout(3_000_000)
     const left = (await sbx.getInfo()).endAt - Date.now()
-    assert.ok(left > 290_000 && left < 301_000, `${left} ms are left`)
-    await Sandbox.setTimeout(sbx.sandboxId, 90_000) // also shortens
+    assert.ok(left > 3_000_000 - patience && left < 3_001_000, `${left} ms are left`)
+    await Sandbox.setTimeout(sbx.sandboxId, 300_000) // also shortens
     const less = (await sbx.getInfo()).endAt - Date.now()
-    assert.ok(less > 80_000 && less < 91_000, `${less} ms are left`)
+    assert.ok(less > 300_000 - patience && less < 301_000, `${less} ms are left`)
   },
   'list with metadata and pages': async () => {
     const group = `${tag}-pages`
@@ -255,17 +261,23 @@ const scenarios = {
     const h = await s.commands.run('sleep 600', { background: true })
     const ended = h.wait().then(() => 'no error', (err) => kind(err))
     await s.kill()
-    const how = await Promise.race([ended, new Promise((r) => setTimeout(r, 10_000, 'nothing, for 10 s'))])
+    const how = await Promise.race([ended, new Promise((r) => setTimeout(r, patience, 'nothing'))])
     assert.equal(how, 'TimeoutError')
   },
   'the end comes': async () => {
-    const s = await Sandbox.create({ timeoutMs: 2000 })
-    const end = (await s.getInfo()).endAt.getTime()
-    assert.equal(await s.isRunning(), true)
-    await until('the sandbox ends', 6000, async () => !(await s.isRunning()))
+    // A slow machine needs longer to look at a sandbox before its end.
+    let s, end
+    for (const timeoutMs of [2000, 20_000, patience]) {
+      s = await Sandbox.create({ timeoutMs })
+      end = (await s.getInfo().catch((err) => assert.ok(kinds(err).includes('NotFoundError'), err)))?.endAt.getTime()
+      if (end && await s.isRunning()) break
+      end = undefined
+    }
+    assert.ok(end, 'no sandbox was there before its end')
+    await until('the sandbox ends', async () => !(await s.isRunning()))
     const late = Date.now() - end
-    assert.ok(late > -200 && late < 1500, `it ended ${late} ms after its time`)
-    await until('there is nothing left to kill', 5000, async () => !(await Sandbox.kill(s.sandboxId)))
+    assert.ok(late > -200 && late < patience, `it ended ${late} ms after its time`)
+    await until('there is nothing left to kill', async () => !(await Sandbox.kill(s.sandboxId)))
   },
   'wrong key': async () => {
     await fails(Sandbox.create({ apiKey: 'e2b_' + '0'.repeat(40) }), 'AuthenticationError')

@@ -32,7 +32,7 @@ from e2b import (
 MODE = sys.argv[1]
 Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
 TAG = f"python-{MODE}-{os.getpid()}"
-TIMEOUT = 120
+TIMEOUT = 600
 
 
 async def do(call, *args, **kwargs):
@@ -54,10 +54,15 @@ async def fails(kind, call, *args, **kwargs):
     raise AssertionError(f"want a {kind.__name__}, got no error")
 
 
-async def until(what, seconds, f):
-    end = time.monotonic() + seconds
+# How long to wait for what must come. It says nothing about how fast that is:
+# the machine may do other things.
+PATIENCE = 60
+
+
+async def until(what, f):
+    end = time.monotonic() + PATIENCE
     while not await f():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
         await asyncio.sleep(0.05)
 
 
@@ -102,10 +107,16 @@ async def stdout_and_stderr():
 @scenario("output as it comes")
 async def output_as_it_comes():
     seen = []
-    keep = lambda d: seen.append((time.monotonic(), d))
-    await run("echo one; sleep 0.4; echo two; sleep 0.2; echo three >&2", on_stdout=keep, on_stderr=keep)
-    same("".join(d for _, d in seen), "one\ntwo\nthree\n")
-    assert seen[-1][0] - seen[0][0] >= 0.3, "all output came at the end"
+    wait = "until [ -e /tmp/go-on ]; do sleep 0.05; done"
+    command = asyncio.create_task(run(f"echo one; {wait}; echo two; sleep 0.2; echo three >&2", on_stdout=seen.append, on_stderr=seen.append))
+
+    async def one():
+        return seen == ["one\n"]
+
+    await until("the first line comes while the command waits", one)
+    await do(S.files.write, "/tmp/go-on", "")
+    await command
+    same("".join(seen), "one\ntwo\nthree\n")
 
 
 @scenario("much output")
@@ -152,7 +163,7 @@ async def list_commands():
     async def gone():
         return all(p.pid != h.pid for p in await do(S.commands.list))
 
-    await until("the command is not listed any more", 5, gone)
+    await until("the command is not listed any more", gone)
 
 
 @scenario("kill a command")
@@ -165,9 +176,10 @@ async def kill_a_command():
 
 @scenario("connect to a command")
 async def connect_to_a_command():
-    h = await run("sleep 0.5; echo later", background=True)
+    h = await run("until [ -e /tmp/say-it ]; do sleep 0.05; done; echo later", background=True)
     await do(h.disconnect)
     again = await do(S.commands.connect, h.pid)
+    await do(S.files.write, "/tmp/say-it", "")
     same((await do(again.wait)).stdout, "later\n")
 
 
@@ -203,14 +215,14 @@ async def user():
 @scenario("command timeout")
 async def command_timeout():
     began = time.monotonic()
-    await fails(TimeoutException, S.commands.run, "echo $$ > /tmp/slow.pid; sleep 60", timeout=0.7)
-    assert time.monotonic() - began < 5, "the timeout came late"
+    await fails(TimeoutException, S.commands.run, "echo $$ > /tmp/slow.pid; sleep 600", timeout=0.7)
+    assert time.monotonic() - began < PATIENCE, "the timeout came late"
 
     async def gone():
         r = await run("kill -0 $(cat /tmp/slow.pid) 2>/dev/null && echo alive || echo gone")
         return r.stdout == "gone\n"
 
-    await until("the command is gone", 5, gone)  # ended, not only let go of
+    await until("the command is gone", gone)  # ended, not only let go of
 
 
 @scenario("python and node")
@@ -289,17 +301,17 @@ async def info():
     same((i.sandbox_id, i.state, i.metadata), (S.sandbox_id, SandboxState.RUNNING, {"run": TAG, "a b": "c&d=e"}))
     assert i.cpu_count > 0 and i.memory_mb > 0 and i.envd_version
     span = (i.end_at - i.started_at).total_seconds()
-    assert abs(span - TIMEOUT) < 3, f"ends {span} s after its start"
+    assert abs(span - TIMEOUT) < PATIENCE, f"ends {span} s after its start"
 
 
 @scenario("set timeout")
 async def set_timeout():
-    await do(S.set_timeout, 300)
+    await do(S.set_timeout, 3000)
     left = ((await do(S.get_info)).end_at - now()).total_seconds()
-    assert 290 < left < 301, f"{left} s are left"
-    await do(Box.set_timeout, S.sandbox_id, 90)  # also shortens
+    assert 3000 - PATIENCE < left < 3001, f"{left} s are left"
+    await do(Box.set_timeout, S.sandbox_id, 300)  # also shortens
     left = ((await do(S.get_info)).end_at - now()).total_seconds()
-    assert 80 < left < 91, f"{left} s are left"
+    assert 300 - PATIENCE < left < 301, f"{left} s are left"
 
 
 @scenario("list with metadata and pages")
@@ -350,26 +362,34 @@ async def kill_during_a_command():
     ended = asyncio.create_task(fails(TimeoutException, h.wait))
     await asyncio.sleep(0.2)
     await do(s.kill)
-    await asyncio.wait_for(ended, 10)
+    await asyncio.wait_for(ended, PATIENCE)
 
 
 @scenario("the end comes")
 async def the_end_comes():
-    s = await do(Box.create, timeout=2)
-    end = (await do(s.get_info)).end_at
-    same(await do(s.is_running), True)
+    # A slow machine needs longer to look at a sandbox before its end.
+    for life in (2, 20, PATIENCE):
+        s = await do(Box.create, timeout=life)
+        try:
+            end = (await do(s.get_info)).end_at
+        except NotFoundException:
+            continue
+        if await do(s.is_running):
+            break
+    else:
+        raise AssertionError("no sandbox was there before its end")
 
     async def ended():
         return not await do(s.is_running)
 
-    await until("the sandbox ends", 6, ended)
+    await until("the sandbox ends", ended)
     late = (now() - end).total_seconds()
-    assert -0.2 < late < 1.5, f"it ended {late} s after its time"
+    assert -0.2 < late < PATIENCE, f"it ended {late} s after its time"
 
     async def nothing_to_kill():
         return not await do(Box.kill, s.sandbox_id)
 
-    await until("there is nothing left to kill", 5, nothing_to_kill)
+    await until("there is nothing left to kill", nothing_to_kill)
 
 
 @scenario("wrong key")
