@@ -39,12 +39,10 @@ func Version() string {
 var engineVersion string
 
 // prepareEngine sets what gVisor takes from its own build system. Every process
-// that runs gVisor code calls it first. The filters are for sandboxes.
-func prepareEngine(filters bool) {
+// that runs gVisor code calls it first.
+func prepareEngine(filters filtersOf) {
 	engineVersion = Version()
-	if filters {
-		registerSeccomp()
-	}
+	registerSeccomp(filters)
 }
 
 // enginePlatform is how the engine intercepts system calls: systrap needs no hardware

@@ -14,6 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/sentry/platform"
 	"gvisor.dev/gvisor/runsc/boot/filter"
 	filterconfig "gvisor.dev/gvisor/runsc/boot/filter/config"
+	goferfilter "gvisor.dev/gvisor/runsc/fsgofer/filter"
+	goferconfig "gvisor.dev/gvisor/runsc/fsgofer/filter/config"
 	"gvisor.dev/gvisor/runsc/version"
 )
 
@@ -26,7 +28,7 @@ func TestEngineVersionIsGoMods(t *testing.T) {
 	if m == nil || string(m[1]) != EngineVersion {
 		t.Fatalf("go.mod has gVisor %q, EngineVersion is %q: change the constant, then run TestSeccompIsCurrent with -update", m, EngineVersion)
 	}
-	prepareEngine(true)
+	prepareEngine(sandboxFilters)
 	if got := version.Version(); got != EngineVersion {
 		t.Errorf("the engine calls itself %q; the linkname is broken", got)
 	}
@@ -47,7 +49,7 @@ func TestSeccompIsCurrent(t *testing.T) {
 	if len(seccompData) == 0 {
 		t.Skipf("no filters are committed for %s", runtime.GOARCH)
 	}
-	ours, err := decodeFilters(seccompData)
+	ours, err := decodeFilters(seccompData, false)
 	if err != nil {
 		t.Fatalf("%v: run this test with -update", err)
 	}
@@ -66,21 +68,43 @@ func TestSeccompIsCurrent(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("the committed filter has %d instructions and differs from the engine's %d: run this test with -update", len(got), len(want))
 	}
+
+	if ours, err = decodeFilters(seccompData, true); err != nil {
+		t.Fatal(err)
+	}
+	gofer := goferconfig.Options{}
+	if got, err = ours[gofer.ConfigKey()].RenderInstructions(gofer.Vars()); err != nil {
+		t.Fatal(err)
+	}
+	rules, deny = goferconfig.Rules(gofer)
+	p = &seccomp.Program{RuleSets: []seccomp.RuleSet{{Rules: deny}, {Rules: rules, Action: seccomp.Allow}}}
+	if want, _, err = p.Build(); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the gofer's committed filter has %d instructions and differs from the engine's %d: run this test with -update", len(got), len(want))
+	}
 }
 
 func writeSeccomp(t *testing.T, key string) {
 	t.Helper()
+	pick := func(all []precompiledseccomp.Program, err error, key string) precompiledseccomp.Program {
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(all, func(p precompiledseccomp.Program) bool { return p.Name == key })
+		if i < 0 {
+			t.Fatalf("gVisor does not compile the filter %s", key)
+		}
+		return all[i]
+	}
 	all, err := filterconfig.PrecompiledPrograms()
-	if err != nil {
-		t.Fatal(err)
-	}
-	i := slices.IndexFunc(all, func(p precompiledseccomp.Program) bool { return p.Name == key })
-	if i < 0 {
-		t.Fatalf("gVisor does not compile the filter %s", key)
-	}
-	p := all[i]
+	p := pick(all, err, key)
 	repairPID(t, &p)
-	data, err := json.MarshalIndent(compiledFilters{Engine: EngineVersion, Programs: []compiledProgram{encodeProgram(p)}}, "", " ")
+	all, err = goferconfig.PrecompiledPrograms()
+	gofer := pick(all, err, goferconfig.Options{}.ConfigKey())
+	data, err := json.MarshalIndent(compiledFilters{Engine: EngineVersion, Programs: []compiledProgram{encodeProgram(p)},
+		Gofer: []compiledProgram{encodeProgram(gofer)}}, "", " ")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,9 +156,13 @@ func TestSeccompIsRegistered(t *testing.T) {
 	if len(seccompData) == 0 {
 		t.Skipf("no filters are committed for %s", runtime.GOARCH)
 	}
-	prepareEngine(true)
+	prepareEngine(sandboxFilters)
 	if _, ok := filter.GetPrecompiled(engineFilter(t).ConfigKey()); !ok {
 		t.Errorf("the engine does not find its filter; it has %q", filter.ListPrecompiled())
+	}
+	prepareEngine(goferFilters)
+	if _, ok := goferfilter.GetPrecompiled(goferconfig.Options{}.ConfigKey()); !ok {
+		t.Errorf("the gofer does not find its filter; it has %q", goferfilter.ListPrecompiled())
 	}
 }
 
@@ -143,7 +171,7 @@ func TestStaleSeccompIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := decodeFilters(good); err != nil {
+	if _, err := decodeFilters(good, false); err != nil {
 		t.Fatalf("good filters: %v", err)
 	}
 	for name, edit := range map[string][2]string{
@@ -154,11 +182,11 @@ func TestStaleSeccompIsRefused(t *testing.T) {
 		"half an instruction": {"AAAAAAAAAAA=", "AAAAAA=="},
 		"no code":             {"AAAAAAAAAAA=", ""},
 	} {
-		if _, err := decodeFilters([]byte(strings.Replace(string(good), edit[0], edit[1], 1))); err == nil {
+		if _, err := decodeFilters([]byte(strings.Replace(string(good), edit[0], edit[1], 1)), false); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
-	if _, err := decodeFilters(nil); err == nil {
+	if _, err := decodeFilters(nil, false); err == nil {
 		t.Error("nothing: accepted")
 	}
 }

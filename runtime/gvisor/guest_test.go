@@ -255,17 +255,19 @@ func TestEngineUsesCompiledFilters(t *testing.T) {
 	s := m.spec(t, "print", "up")
 	begin(t, r, s)
 	says(t, r, s.ID, "up")
-	logs, _ := filepath.Glob(filepath.Join(debug, "*boot*"))
-	var all string
-	for _, l := range logs {
-		data, _ := os.ReadFile(l)
-		all += string(data)
-	}
-	if !strings.Contains(all, "Loaded precompiled seccomp instructions") || strings.Contains(all, "building seccomp program from scratch") {
-		t.Errorf("the sentry compiled its filters; logs: %v", logs)
-	}
-	if !strings.Contains(all, EngineVersion) {
-		t.Error("the sentry does not know its version")
+	for _, who := range []string{"boot", "gofer"} {
+		logs, _ := filepath.Glob(filepath.Join(debug, "*"+who+"*"))
+		var all string
+		for _, l := range logs {
+			data, _ := os.ReadFile(l)
+			all += string(data)
+		}
+		if !strings.Contains(all, "Loaded precompiled seccomp instructions") || strings.Contains(all, "building seccomp program from scratch") {
+			t.Errorf("the %s compiled its filters; logs: %v", who, logs)
+		}
+		if who == "boot" && !strings.Contains(all, EngineVersion) {
+			t.Error("the sentry does not know its version")
+		}
 	}
 }
 

@@ -44,17 +44,21 @@ func Dispatch() {
 	switch {
 	case name == arg0Launch:
 		debug.SetGCPercent(-1) // it ends before there is much to collect
-		prepareEngine(false)
+		prepareEngine(noFilters)
 		os.Exit(launchMain())
 	case name == arg0Speak:
-		prepareEngine(false)
+		prepareEngine(noFilters)
 		os.Exit(speakMain())
 	case name == "runsc":
-		prepareEngine(false)
+		prepareEngine(noFilters)
 		cli.Run(nil, commands(true), []subcommands.Command{})
 	case os.Args[0] == arg0Exe || strings.HasPrefix(name, "runsc"):
 		collectLate()
-		prepareEngine(name != arg0Gofer)
+		filters := sandboxFilters
+		if name == arg0Gofer {
+			filters = goferFilters
+		}
+		prepareEngine(filters)
 		if prelude.IsSandbox(os.Args) {
 			os.Args = shortBoot(os.Args)
 		}

@@ -10,20 +10,28 @@ import (
 	"gvisor.dev/gvisor/pkg/seccomp/precompiledseccomp"
 	"gvisor.dev/gvisor/pkg/sync"
 	"gvisor.dev/gvisor/runsc/boot/filter"
+	_ "gvisor.dev/gvisor/runsc/fsgofer/filter" // for the linknames below
 
 	_ "unsafe" // for go:linkname
 )
 
 // gVisor's build system compiles the engine's system call filters ahead of
 // time; its Go module does not, and every sandbox would spend some 20 ms on
-// compiling the same two thousand instructions. These are the variables that
-// its build system would fill.
+// compiling the same two thousand instructions, and its gofer 5 ms more. These
+// are the variables that its build system would fill, the sandbox's and the
+// gofer's.
 //
 //go:linkname precompiledPrograms gvisor.dev/gvisor/runsc/boot/filter.precompiledPrograms
 var precompiledPrograms map[string]precompiledseccomp.Program
 
 //go:linkname registerPrecompiledProgramsOnce gvisor.dev/gvisor/runsc/boot/filter.registerPrecompiledProgramsOnce
 var registerPrecompiledProgramsOnce sync.Once
+
+//go:linkname goferPrograms gvisor.dev/gvisor/runsc/fsgofer/filter.precompiledPrograms
+var goferPrograms map[string]precompiledseccomp.Program
+
+//go:linkname registerGoferProgramsOnce gvisor.dev/gvisor/runsc/fsgofer/filter.registerPrecompiledProgramsOnce
+var registerGoferProgramsOnce sync.Once
 
 // compiledFilters is the content of seccomp_*.json, which
 //
@@ -33,7 +41,8 @@ var registerPrecompiledProgramsOnce sync.Once
 // its review is a digest.
 type compiledFilters struct {
 	Engine   string            `json:"engine"` // EngineVersion it was compiled from
-	Programs []compiledProgram `json:"programs"`
+	Programs []compiledProgram `json:"programs"` // of sandboxes
+	Gofer    []compiledProgram `json:"gofer"`
 }
 
 type compiledProgram struct {
@@ -50,9 +59,9 @@ func encodeProgram(p precompiledseccomp.Program) compiledProgram {
 	return compiledProgram{Name: p.Name, Vars: p.VarOffsets, Code: base64.StdEncoding.EncodeToString(code)}
 }
 
-// decodeFilters reads filters of this engine. Those of another engine are
-// refused: they would be too wide or too narrow.
-func decodeFilters(data []byte) (map[string]precompiledseccomp.Program, error) {
+// decodeFilters reads filters of this engine, of sandboxes or of gofers. Those of
+// another engine are refused: they would be too wide or too narrow.
+func decodeFilters(data []byte, gofer bool) (map[string]precompiledseccomp.Program, error) {
 	if len(data) == 0 {
 		return nil, errors.New("no filters were compiled for this architecture")
 	}
@@ -63,8 +72,11 @@ func decodeFilters(data []byte) (map[string]precompiledseccomp.Program, error) {
 	if f.Engine != EngineVersion {
 		return nil, fmt.Errorf("the filters are of engine %s", f.Engine)
 	}
-	m := map[string]precompiledseccomp.Program{}
-	for _, p := range f.Programs {
+	m, programs := map[string]precompiledseccomp.Program{}, f.Programs
+	if gofer {
+		programs = f.Gofer
+	}
+	for _, p := range programs {
 		code, err := base64.StdEncoding.DecodeString(p.Code)
 		if err != nil || len(code)%8 != 0 || len(code) == 0 {
 			return nil, fmt.Errorf("the filter %q is malformed: %w", p.Name, err)
@@ -85,14 +97,29 @@ func decodeFilters(data []byte) (map[string]precompiledseccomp.Program, error) {
 	return m, nil
 }
 
+// filtersOf says whose filters a process registers.
+type filtersOf int
+
+const (
+	noFilters filtersOf = iota
+	sandboxFilters
+	goferFilters
+)
+
 // registerSeccomp gives the engine its compiled filters. Without usable ones it
 // gives none, and the engine compiles them at each start: slower, as safe.
-func registerSeccomp() {
-	programs, err := decodeFilters(seccompData)
-	if err != nil {
+func registerSeccomp(of filtersOf) {
+	if of == noFilters {
 		return
 	}
-	registerPrecompiledProgramsOnce.Do(func() { precompiledPrograms = programs })
+	programs, err := decodeFilters(seccompData, of == goferFilters)
+	switch {
+	case err != nil:
+	case of == goferFilters:
+		registerGoferProgramsOnce.Do(func() { goferPrograms = programs })
+	default:
+		registerPrecompiledProgramsOnce.Do(func() { precompiledPrograms = programs })
+	}
 }
 
 // seccompPrecompiled reports whether sandboxes of this process's binary start

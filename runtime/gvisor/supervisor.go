@@ -78,7 +78,7 @@ func (s *Supervisor) now() time.Time {
 
 // Run is Supervise for a configured supervisor.
 func (s *Supervisor) Run(ctx context.Context) error {
-	prepareEngine(true)
+	prepareEngine(sandboxFilters) // it tells whether there are any
 	silenceEngineLog()
 	if s.engine == "" {
 		s.engine = Version()
