@@ -38,6 +38,7 @@ var Packages = []Package{
 	{"catalog", Contract, "which sandbox is on which node, now"},
 	{"catalog/catalogtest", Suite, "the proof of catalog"},
 	{"catalog/memory", Adapter, "the live table in one process"},
+	{"certificate", Mechanism, "the edge's certificates: from files, a local authority, ACME"},
 	{"cmd/cay", Command, "the product: server, operator's tools, engine"},
 	{"cmd/engine", Command, "the sandboxed engine and its supervisor, as a program"},
 	{"cmd/envd", Command, "the guest's daemon, as a program"},
@@ -104,6 +105,12 @@ var HeavyHomes = []Home{
 	{"github.com/getkin/kin-openapi", []string{"api", "internal/gen/api", "internal/gen/operator"}},
 	{"github.com/oapi-codegen/", []string{"internal/gen/api", "internal/gen/operator"}},
 	{"github.com/spf13/cobra", []string{"cmd/cay", "internal/cli"}},
+	{"github.com/caddyserver/", []string{"certificate"}},
+	{"github.com/libdns/", []string{"certificate"}},
+	{"go.uber.org/zap", []string{"certificate"}},
+	{"github.com/letsencrypt/", []string{"certificate", "test/edge"}},
+	{"google.golang.org/grpc", []string{"test/edge"}},
+	{"github.com/coder/websocket", []string{"test/edge"}},
 	{"github.com/creack/pty", []string{"envd"}},
 	{"github.com/fsnotify/fsnotify", []string{"envd"}},
 }
@@ -146,6 +153,10 @@ var Ambient = []Exception{
 // Paths below /proc, /sys and /dev are the kernel's interface and need no row.
 var HostPaths = []Exception{
 	{"api/admin.go", "00000000-0000-0000-0000-000000000000", "the contract: the cluster of a control plane that has one"},
+	{"certificate/trust.go", "/usr/local/share/ca-certificates", "where Debian has it"},
+	{"certificate/trust.go", "/etc/pki/ca-trust/source/anchors", "where Fedora has it"},
+	{"certificate/trust.go", "/etc/ca-certificates/trust-source/anchors", "where Arch has it"},
+	{"certificate/trust.go", "/usr/share/pki/trust/anchors", "where SUSE has it"},
 	{"doctor/network.go", "/etc/resolv.conf", "where Linux has it"},
 	{"envd/control.go", "/etc/hostname", "in the guest, where Linux has it"},
 	{"envd/control.go", "/etc/machine-id", "in the guest, written with its name"},
