@@ -40,7 +40,7 @@ var registerGoferProgramsOnce sync.Once
 // writes. It is data rather than Go so that the compiler need not read it and
 // its review is a digest.
 type compiledFilters struct {
-	Engine   string            `json:"engine"` // EngineVersion it was compiled from
+	Engine   string            `json:"engine"`   // EngineVersion it was compiled from
 	Programs []compiledProgram `json:"programs"` // of sandboxes
 	Gofer    []compiledProgram `json:"gofer"`
 }
