@@ -479,7 +479,7 @@ func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
 	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
 		Build: r.Build, Resources: r.Resources, State: cay.StateRunning, StartedAt: r.StartedAt, Deadline: r.Deadline,
 		EnvdVersion: r.EnvdVersion, Adopted: g.adopted, Restored: r.Restored, Degraded: r.Degraded,
-		Host: cay.SandboxOnHost{Container: string(r.Execution), Address: r.Addr,
+		Host: cay.SandboxOnHost{Runtime: o.runtimeName, RuntimeVersion: r.Engine.Version, Container: string(r.Execution), Address: r.Addr,
 			NetNS: r.NetNS, RootFS: r.RootFS, DiskImage: r.DiskImage}}
 }
 
@@ -489,11 +489,6 @@ func (o *Orchestrator) Inspect(ctx context.Context, id cay.SandboxID) (cay.NodeS
 	if err != nil {
 		return s, err
 	}
-	info, err := o.Runtime.Info(ctx)
-	if err != nil {
-		return s, err
-	}
-	s.Host.Runtime, s.Host.RuntimeVersion = info.Name, info.Version
 	all, err := o.Runtime.Instances(ctx)
 	if err != nil {
 		return s, err

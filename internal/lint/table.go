@@ -76,6 +76,7 @@ var Packages = []Package{
 	{"test/life", Test, "restarts, leaks, limits and error texts of the whole program"},
 	{"test/program", Test, "runs the real binary on a machine of its own"},
 	{"test/pause", Test, "the whole life of sandboxes: pauses, snapshots, forks, wakes"},
+	{"test/upgrade", Test, "from one build of the product to the next, with sandboxes and snapshots"},
 	{"test/sdk", Test, "the official clients, unmodified, against the whole program"},
 }
 

@@ -32,6 +32,8 @@ type Options struct {
 	MemoryMB, DiskMB int
 	// Args are further arguments of `cay up`.
 	Args []string
+	// Binary is the program, if it is not the one under test.
+	Binary string
 	// Fresh has the server begin with an empty data directory. Else it has one
 	// with the base template in it, made once in a process for each size.
 	Fresh bool
@@ -48,6 +50,7 @@ type Server struct {
 	Ready time.Duration
 
 	opts     Options
+	env      []string
 	progress io.Writer // nil: kept in log
 	cmd      *exec.Cmd
 	done     chan struct{} // closed when cmd has ended
@@ -155,7 +158,10 @@ func newProgram(o Options) (*Server, error) {
 		o.DiskMB = 2560
 	}
 	// `go test` runs a cached test again when a file it looked at has changed.
-	if _, err := os.Stat(Binary()); err != nil {
+	if o.Binary == "" {
+		o.Binary = Binary()
+	}
+	if _, err := os.Stat(o.Binary); err != nil {
 		return nil, err
 	}
 	s := &Server{Dir: NewDir(), opts: o, API: "http://127.0.0.1:0", Proxy: "http://127.0.0.1:0"}
@@ -225,8 +231,8 @@ func (s *Server) launch() error {
 	args := append([]string{"up", "--data-dir", s.Dir, "--api-addr", strings.TrimPrefix(s.API, "http://"),
 		"--proxy-addr", strings.TrimPrefix(s.Proxy, "http://"), "--pool-size", strconv.Itoa(s.opts.Pool),
 		"--memory-mb", strconv.Itoa(s.opts.MemoryMB), "--disk-mb", strconv.Itoa(s.opts.DiskMB)}, s.opts.Args...)
-	s.cmd = exec.Command(Binary(), args...)
-	s.cmd.Env = s.environ()
+	s.cmd = exec.Command(s.opts.Binary, args...)
+	s.cmd.Env = append(s.environ(), s.env...)
 	s.cmd.Stderr = &s.log
 	if s.progress != nil {
 		s.cmd.Stderr = io.MultiWriter(&s.log, s.progress)
@@ -273,6 +279,12 @@ func (s *Server) parseReady(line string) error {
 
 // SetArgs replaces the further arguments of the next Up.
 func (s *Server) SetArgs(args ...string) { s.opts.Args = args }
+
+// SetBinary replaces the program of the next Up, as an upgrade does.
+func (s *Server) SetBinary(path string) { s.opts.Binary = path }
+
+// SetEnv adds to the environment of the next Ups; no argument takes that back.
+func (s *Server) SetEnv(env ...string) { s.env = env }
 
 // PID is the server's process.
 func (s *Server) PID() int { return s.cmd.Process.Pid }
@@ -372,7 +384,7 @@ func (r Result) String() string {
 
 // Run runs a command of the program on the data directory.
 func (s *Server) Run(args ...string) Result {
-	cmd := exec.Command(Binary(), append(args, "--data-dir", s.Dir)...)
+	cmd := exec.Command(s.opts.Binary, append(args, "--data-dir", s.Dir)...)
 	cmd.Env = s.environ()
 	return RunCmd(cmd)
 }
