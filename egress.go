@@ -1,6 +1,9 @@
 package cay
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Egress says what a guest may open connections to. It has one meaning in every
 // runtime; contract/e2b.md ("Network config") is its source. The zero value is
@@ -42,6 +45,26 @@ type EgressProxy struct {
 	Password Secret `json:"password,omitempty"`
 }
 
+// EgressRefusal is a destination that was refused to a guest, once or more
+// often.
+type EgressRefusal struct {
+	// Seq numbers the refusals of a sandbox; it is that of the last one that
+	// this tells of, so whoever has seen a number asks for what came after.
+	Seq   uint64    `json:"seq"`
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
+	Count int       `json:"count"` // at least; what comes too fast is not counted
+	// Protocol is "tcp", "udp", "icmp", "dns" and the like.
+	Protocol string `json:"protocol"`
+	// Destination is invalid for a query; its port is 0 where there are none.
+	Destination netip.AddrPort `json:"destination,omitzero"`
+	Name        string         `json:"name,omitempty"` // that the guest said
+	// Rule is the entry of the policy that refused, or "always refused",
+	// "names" or "limit". Reason is for people.
+	Rule   string `json:"rule"`
+	Reason string `json:"reason"`
+}
+
 // Open reports whether nothing is refused and nothing changed, so that no more
 // than the walls of the network is needed.
 func (e Egress) Open() bool {
@@ -51,7 +74,7 @@ func (e Egress) Open() bool {
 // DeniesAll reports whether what is not allowed is refused.
 func (e Egress) DeniesAll() bool {
 	for _, p := range e.Deny {
-		if p.Bits() == 0 {
+		if p.Bits() == 0 && p.Addr().Is4() {
 			return true
 		}
 	}

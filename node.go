@@ -30,6 +30,17 @@ type Node interface {
 	// CodeSandboxNotFound.
 	SetDeadline(ctx context.Context, id SandboxID, t time.Time) error
 
+	// SetEgress changes what a sandbox may reach, and keeps that with it. It is
+	// in force at the return, also for connections that are open. Unknown ID is
+	// CodeSandboxNotFound.
+	SetEgress(ctx context.Context, id SandboxID, e Egress) error
+
+	// EgressLog returns what was refused to a sandbox after the refusal with
+	// the number seq (0: all that is remembered), in their order, also for a
+	// sandbox that ended less than an hour ago. The numbers begin anew with
+	// each run of the sandbox and of the node.
+	EgressLog(ctx context.Context, id SandboxID, seq uint64) ([]EgressRefusal, error)
+
 	// Get returns a live sandbox. Unknown or ended is CodeSandboxNotFound.
 	Get(ctx context.Context, id SandboxID) (NodeSandbox, error)
 

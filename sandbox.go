@@ -126,8 +126,8 @@ type SandboxConfig struct {
 	TrafficToken Secret
 	// Ingress says how requests reach the other ports.
 	Ingress Ingress
-	// AllowInternet is false when the sandbox may reach nothing outside.
-	AllowInternet bool
+	// Egress says what the sandbox may reach outside.
+	Egress Egress
 	// Deadline is recorded with the sandbox for the operator's eyes; the
 	// control plane enforces it.
 	Deadline time.Time

@@ -171,7 +171,7 @@ func (s *Server) config(rec store.Sandbox) (cay.SandboxConfig, error) {
 		return cay.SandboxConfig{}, err
 	}
 	cfg := cay.SandboxConfig{ID: rec.ID, TeamID: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources,
-		AllowInternet: net.internet, Ingress: in, EnvVars: o.EnvVars}
+		Egress: net.egress, Ingress: in, EnvVars: o.EnvVars}
 	if rec.Secure {
 		cfg.AccessToken = AccessToken(s.Seed, rec.ID)
 	}

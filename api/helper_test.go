@@ -34,12 +34,14 @@ type fakeNode struct {
 	onCreate  func(ctx context.Context, c cay.SandboxConfig) error
 	onKill    func(ctx context.Context, id cay.SandboxID, r cay.EndReason) error
 	onConsole func(id cay.SandboxID) []cay.ConsoleLine
+	onEgress  func(id cay.SandboxID) error
 	now       func() time.Time
 
 	mu       sync.Mutex
 	live     map[cay.SandboxID]cay.NodeSandbox
 	configs  map[cay.SandboxID]cay.SandboxConfig
 	kills    []cay.SandboxEnd
+	refusals []cay.EgressRefusal
 	starting map[cay.SandboxID]context.CancelCauseFunc
 	ends     chan cay.SandboxEnd
 	fakeSnapshots
@@ -132,6 +134,38 @@ func (n *fakeNode) SetDeadline(_ context.Context, id cay.SandboxID, t time.Time)
 	s.Deadline = t
 	n.live[id] = s
 	return nil
+}
+
+func (n *fakeNode) SetEgress(_ context.Context, id cay.SandboxID, e cay.Egress) error {
+	if n.onEgress != nil {
+		if err := n.onEgress(id); err != nil {
+			return err
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, ok := n.live[id]; !ok {
+		return &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerRuntime, Message: "not here"}
+	}
+	c := n.configs[id]
+	c.Egress = e
+	n.configs[id] = c
+	return nil
+}
+
+func (n *fakeNode) EgressLog(_ context.Context, id cay.SandboxID, seq uint64) ([]cay.EgressRefusal, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, ok := n.live[id]; !ok {
+		return nil, &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerRuntime, Message: "not here"}
+	}
+	var out []cay.EgressRefusal
+	for _, r := range n.refusals {
+		if r.Seq > seq {
+			out = append(out, r)
+		}
+	}
+	return out, nil
 }
 
 func (n *fakeNode) Get(_ context.Context, id cay.SandboxID) (cay.NodeSandbox, error) {

@@ -4,12 +4,14 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/cayhq/cay"
 	gen "github.com/cayhq/cay/internal/gen/api"
 )
 
 // access is what a sandbox's traffic may do, as far as this build can make it.
 type access struct {
 	internet bool // the sandbox reaches the internet
+	egress   cay.Egress
 	public   bool // anyone may reach its ports
 }
 
@@ -38,7 +40,9 @@ func egress(n *gen.SandboxNetworkConfig, allow *bool) (access, error) {
 		}
 	}
 	var err error
-	a.internet, err = reach(n.AllowOut, n.DenyOut, allow)
+	if a.internet, err = reach(n.AllowOut, n.DenyOut, allow); !a.internet {
+		a.egress.Deny = []netip.Prefix{netip.MustParsePrefix(everywhere)}
+	}
 	return a, err
 }
 

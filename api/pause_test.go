@@ -69,7 +69,7 @@ func TestPauseAndConnect(t *testing.T) {
 			t.Errorf("answer of a resume: %+v", s)
 		}
 		c := f.node.configs[id]
-		if c.From != rec.Snapshot || c.Mode != cay.StartAuto || c.EnvVars["X"] != "1" || c.Build != rec.Build || c.Resources != rec.Resources || !c.AllowInternet {
+		if c.From != rec.Snapshot || c.Mode != cay.StartAuto || c.EnvVars["X"] != "1" || c.Build != rec.Build || c.Resources != rec.Resources || !c.Egress.Open() {
 			t.Errorf("the node was told %+v", c)
 		}
 		if v, ok := f.node.read(id); !ok || v != 7 {

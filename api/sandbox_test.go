@@ -33,7 +33,7 @@ func TestCreateGetListKill(t *testing.T) {
 		t.Errorf("access token %q, want 64 hex digits", got)
 	}
 	c := f.node.configs[id]
-	if c.AccessToken.Reveal() != *s.EnvdAccessToken || c.TrafficToken != "" || !c.AllowInternet || c.EnvVars["X"] != "1" || c.TeamID != f.team.ID {
+	if c.AccessToken.Reveal() != *s.EnvdAccessToken || c.TrafficToken != "" || !c.Egress.Open() || c.EnvVars["X"] != "1" || c.TeamID != f.team.ID {
 		t.Errorf("the node got %+v", c)
 	}
 
@@ -134,7 +134,7 @@ func TestInternet(t *testing.T) {
 		`"mcp":null,"metadata":{},"envVars":{}`:                                   true,
 	} {
 		id := f.create(`{"templateID":"base",` + body + `}`)
-		if got := f.node.configs[id].AllowInternet; got != want {
+		if got := f.node.configs[id].Egress.Open(); got != want {
 			t.Errorf("%s: internet %v, want %v", body, got, want)
 		}
 		f.want(204, f.request("DELETE", "/sandboxes/"+string(id), ""))

@@ -105,7 +105,7 @@ const guestPIDs = 2048
 func (y *yard) measure(ctx context.Context, b book) (err error) {
 	y.count++
 	id := "bare" + strconv.Itoa(y.count)
-	slot, err := y.nets.Acquire(ctx, network.Policy{AllowInternet: true})
+	slot, err := y.nets.Acquire(ctx, cay.Egress{})
 	if err != nil {
 		return err
 	}

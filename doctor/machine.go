@@ -13,6 +13,7 @@ import (
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/network"
 )
@@ -115,7 +116,7 @@ func (d *Doctor) trySlot(ctx context.Context, stateDir string) (evidence string,
 		return "", err
 	}
 	began := time.Now()
-	if _, err := p.Acquire(ctx, network.Policy{AllowInternet: true}); err != nil {
+	if _, err := p.Acquire(ctx, cay.Egress{}); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("made, walled in and reached in %s; taken away again", time.Since(began).Round(100*time.Microsecond)), nil

@@ -34,7 +34,7 @@ func BenchmarkPolicy(b *testing.B) {
 		b.StopTimer()
 		s := acquire(b, p, true)
 		b.StartTimer()
-		if err := p.shut(s.Index); err != nil {
+		if err := p.SetPolicy(b.Context(), s.Index, closed); err != nil {
 			b.Fatal(err)
 		}
 		b.StopTimer()

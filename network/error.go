@@ -27,7 +27,7 @@ func fail(doing string, err error) error {
 		e.Code = cay.CodePrivilege
 		e.Fix = "run Cay as root, or with CAP_NET_ADMIN and CAP_SYS_ADMIN and a writable /proc/sys"
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
-		e.Fix = "the kernel lacks network namespaces, veth or nf_tables (nft_ct, nft_nat, nft_masq, nft_fib_inet, nft_reject_inet); load or build these modules"
+		e.Fix = "the kernel lacks network namespaces, veth or nf_tables (nft_ct, nft_nat, nft_masq, nft_redir, nft_limit, nft_log, nft_fib_inet, nft_reject_inet); load or build these modules"
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
 		e.Fix = "the host is out of namespaces, memory or descriptors; see /proc/sys/user/max_net_namespaces and the open-file limit"
 	}

@@ -2,7 +2,6 @@ package network
 
 import (
 	"errors"
-	"net/netip"
 	"strings"
 
 	"github.com/google/nftables"
@@ -16,29 +15,26 @@ const internetSet = "internet"
 // tracking (-200) knows it, nobody's DNAT (-100) has changed it.
 const beforeDNAT = -150
 
-// maxConnections bounds the connections one sandbox has open at once, because
-// all sandboxes share the host's table of connections.
-const maxConnections = 8192
-
 // hostFirewall puts the host's half of the policy in force: one table for all
 // slots, whose rules know a slot by the prefix of its interface's name, so
 // that a slot costs no rule.
 func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
 	t := insteadOf(c, p.tableName())
-	refused := t.addresses("refused", append(Refused(), append(p.Refuse, p.cidr())...))
+	refused := t.ranges("refused", p.special)
 	internet := t.interfaces(internetSet, open)
 	ours := p.linkPrefix()
 
 	refuse(t.chain(refuseChain))
+	because := func(word string) words { return t.because(p.group, word) }
 
 	guest := t.chain("guest")
 	guest(ipv6(), drop())
 	guest(invalid(), drop())
 	guest(spoofed(), drop())
 	guest(answer(), accept())
-	guest(toLocal(), jump(refuseChain))
-	guest(toSet(refused), jump(refuseChain))
-	guest(iifNotIn(internet), jump(refuseChain))
+	guest(toLocal(), because(bySelf))
+	guest(toSet(refused), because(bySpecial))
+	guest(iifNotIn(internet), because(byDeny))
 
 	t.base("first", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeDNAT)(iifPrefix(ours), jump("guest"))
 
@@ -121,31 +117,81 @@ func refuse(chain func(...words)) {
 	chain(prohibit())
 }
 
-// routerTable is the name of the table in each router namespace. Its chain
-// egress is empty in a slot that reaches the internet.
+// toldPerSecond bounds, per slot and reason, the refusals that are handed out
+// to be logged.
+const toldPerSecond = 100
+
+// because returns the verdict that refuses for a reason, after telling a group
+// of the log; group 0 tells nobody.
+func (t *table) because(group uint16, word string) words {
+	name := refuseChain + "-" + word
+	if !t.reasons[word] {
+		chain := t.chain(name)
+		if group != 0 {
+			chain(slower(toldPerSecond, toldPerSecond), tell(group, word))
+		}
+		chain(jump(refuseChain))
+		if t.reasons == nil {
+			t.reasons = map[string]bool{}
+		}
+		t.reasons[word] = true
+	}
+	return jump(name)
+}
+
+// routerTable is the name of the table in each router namespace.
 const (
 	routerTable = "cay"
-	egressChain = "egress"
 	refuseChain = "refuse"
 )
 
-// routerFirewall puts a slot's own half of the policy in force, in its router
-// namespace.
-func routerFirewall(c *nftables.Conn, a addresses, prefixes []netip.Prefix) error {
-	t := newTable(c, routerTable)
-	refused := t.addresses("refused", prefixes)
+// Marks of packets that go to a listener in the router instead of out.
+const (
+	streamMark   = 1
+	resolverMark = 2
+)
 
+// routerFirewall puts a slot's own half of a policy in force, in its router
+// namespace. The chain egress is [policy.judge] in the kernel's words.
+func (p *Pool) routerFirewall(t *table, a addresses, pol policy) error {
+	special := t.ranges("special", p.special)
 	refuse(t.chain(refuseChain))
-	t.chain(egressChain)
+	group := uint16(0)
+	if p.group != 0 {
+		group = routerGroup
+	}
+	because := func(word string) words { return t.because(group, word) }
+
+	egress := t.chain("egress")
+	if pol.named {
+		for _, protocol := range []words{tcp(), udp()} {
+			egress(protocol, toPort(portDNS), mark(resolverMark), back())
+		}
+		egress(tcp(), mark(streamMark), back())
+	}
+	if len(pol.allow) > 0 {
+		egress(toSet(t.ranges("allow", pol.allow)), back())
+	}
+	if pol.hidden {
+		egress(udp(), toPort(portQUIC), because(byName))
+	}
+	if len(pol.deny) > 0 {
+		egress(toSet(t.ranges("deny", pol.deny)), because(byDeny))
+	}
+
+	limits := t.chain("limits")
+	limits(over(p.Limits.connections()), because(byConnections))
+	limits(faster(p.Limits.perSecond(), uint32(2*p.Limits.perSecond())), because(byRate))
 
 	guest := t.chain("guest")
 	guest(ipv6(), drop())
 	guest(invalid(), drop()) // it would leave untranslated
 	guest(notFrom(guestAddr), drop())
 	guest(answer(), accept())
-	guest(toSet(refused), jump(refuseChain))
-	guest(toLocal(), jump(refuseChain))
-	guest(jump(egressChain))
+	guest(toSet(special), because(bySpecial))
+	guest(toLocal(), because(bySelf))
+	guest(jump("egress"))
+	guest(isNew(), jump("limits"))
 
 	t.base("first", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeDNAT)(iif(guestLink), jump("guest"))
 
@@ -154,13 +200,20 @@ func routerFirewall(c *nftables.Conn, a addresses, prefixes []netip.Prefix) erro
 	enter := t.base("enter", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, -100)
 	enter(iif(upLink), from(a.host), to(a.slot), opening(), dnat(guestAddr))
 	enter(iif(upLink), from(a.host), to(a.slot), notTCP(), dnat(guestAddr))
+	enter(iif(guestLink), marked(streamMark), redirect(StreamPort))
+	enter(iif(guestLink), marked(resolverMark), redirect(ResolverPort))
 
 	input := t.base("input", nftables.ChainTypeFilter, nftables.ChainHookInput, 0)
+	input(iif(guestLink), anyMark(), accept())
+	input(iif(upLink), answer(), accept()) // of what a listener's server dialled
 	input(iif(upLink), from(a.host), tcp(), reset())
 	input(drop())
 
+	// What a listener's server sends is judged by it; the wall stays.
+	t.base("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, 0)(oif(upLink), isNew(), toSet(special), drop())
+
 	forward := t.base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, 0)
-	forward(iif(guestLink), oif(upLink), isNew(), over(maxConnections), jump(refuseChain))
+	forward(iif(guestLink), anyMark(), because(byName)) // a connection from before the policy, which goes another way
 	forward(iif(guestLink), oif(upLink), accept())
 	forward(iif(upLink), oif(guestLink), known(), accept())
 	forward(iif(upLink), oif(guestLink), dnatted(), accept())
@@ -170,11 +223,4 @@ func routerFirewall(c *nftables.Conn, a addresses, prefixes []netip.Prefix) erro
 	leave(oif(upLink), masquerade())
 	leave(oif(guestLink), masquerade()) // the guest sees its gateway, nothing of the host
 	return t.commit()
-}
-
-// closeRouter refuses everything a guest opens, in its router namespace.
-func closeRouter(c *nftables.Conn) error {
-	t := &nftables.Table{Name: routerTable, Family: nftables.TableFamilyINet}
-	c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Name: egressChain, Table: t}, Exprs: jump(refuseChain)})
-	return c.Flush()
 }

@@ -14,6 +14,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay"
 )
 
 // inHost marks the run of the tests inside a host of their own.
@@ -182,9 +184,16 @@ func testPool(t testing.TB, tag string, change ...func(*Pool)) *Pool {
 	return p
 }
 
+// closed lets nothing out.
+var closed = cay.Egress{Deny: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}
+
 func acquire(t testing.TB, p *Pool, internet bool) Slot {
 	t.Helper()
-	s, err := p.Acquire(t.Context(), Policy{AllowInternet: internet})
+	e := cay.Egress{}
+	if !internet {
+		e = closed
+	}
+	s, err := p.Acquire(t.Context(), e)
 	if err != nil {
 		t.Fatal(err)
 	}

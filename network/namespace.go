@@ -42,6 +42,16 @@ func onHost(f func() error) error {
 	return <-done
 }
 
+// inNamespace runs f on a thread in the network namespace that is open as ns.
+func inNamespace(ns *os.File, f func() error) error {
+	return onThread(func() error {
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("setns", err)
+		}
+		return f()
+	})
+}
+
 // newNamespace moves the calling thread, which must be one of onThread, into a
 // fresh network namespace, pins the namespace to path and returns it open.
 func newNamespace(path string) (*os.File, error) {

@@ -4,8 +4,8 @@
 //
 // A guest always sees itself as 169.254.0.21 behind 169.254.0.22. A router
 // namespace around it translates to the slot's own address, by which this
-// machine, and nobody else, reaches the guest. Outwards a guest reaches the
-// public internet or nothing, as its [Policy] says; never the machine itself,
+// machine, and nobody else, reaches the guest. Outwards a guest reaches of
+// the public internet what its [cay.Egress] says; never the machine itself,
 // another guest, or a special address (see [Refused]). Two walls enforce this:
 // one in the slot's router namespace, one in the host's. DESIGN.md draws it.
 //
@@ -44,11 +44,34 @@ const (
 	DefaultWarm = 8
 )
 
-// Policy says what a guest may reach.
-type Policy struct {
-	// AllowInternet lets the guest open connections to public addresses.
-	// Without it the guest reaches nothing; the host still reaches the guest.
-	AllowInternet bool
+// Limits are per slot. Their zero value is the defaults.
+type Limits struct {
+	// Connections bounds those a guest has open at once, because all share
+	// the host's table of connections; 0 is [DefaultConnections].
+	Connections int
+	// PerSecond bounds the new ones, after a burst of twice as many; 0 is
+	// [DefaultPerSecond].
+	PerSecond int
+}
+
+// The limits of a slot that is told none.
+const (
+	DefaultConnections = 8192
+	DefaultPerSecond   = 1000
+)
+
+func (l Limits) connections() uint32 {
+	if l.Connections <= 0 {
+		return DefaultConnections
+	}
+	return uint32(l.Connections)
+}
+
+func (l Limits) perSecond() uint64 {
+	if l.PerSecond <= 0 {
+		return DefaultPerSecond
+	}
+	return uint64(l.PerSecond)
 }
 
 // Pool makes slots ahead and hands them out. Set the fields, then Open. The
@@ -69,6 +92,8 @@ type Pool struct {
 	CIDR netip.Prefix
 	// Refuse are further destinations no guest reaches.
 	Refuse []netip.Prefix
+	// Limits are those of each slot.
+	Limits Limits
 	// Size bounds the slots in use; 0 is DefaultSize.
 	Size int
 	// Warm is how many slots to hold ready; 0 is DefaultWarm, negative none.
@@ -79,13 +104,16 @@ type Pool struct {
 	mu      sync.Mutex
 	open    bool
 	block   netip.Prefix
-	refused []netip.Prefix // for router namespaces
+	special []span // what no guest reaches, whatever its policy
 	mtu     int
 	host    *netlink.Handle
+	group   uint16    // of the host's log; 0 if the kernel has none
+	ears    *listener // to that group
 	slots   map[int]state
-	next    int           // where to look for a free index: the longest unused comes first
-	last    time.Time     // when a slot was taken
-	changed chan struct{} // closed at the next change of a state; nil when nobody waits
+	tenants map[int]*tenant // of slots that are taken
+	next    int             // where to look for a free index: the longest unused comes first
+	last    time.Time       // when a slot was taken
+	changed chan struct{}   // closed at the next change of a state; nil when nobody waits
 	kick    chan struct{}
 	stop    context.CancelFunc
 	done    sync.WaitGroup
@@ -125,9 +153,17 @@ func (p *Pool) Open(ctx context.Context) error {
 		return fail("opening netlink", err)
 	}
 	p.host = host
+	group, log := p.hearHost()
+	p.group = group
 	if err := p.prepare(); err != nil {
 		host.Close()
+		if log != nil {
+			err = errors.Join(err, log.Close())
+		}
 		return err
+	}
+	if log != nil {
+		p.ears = listen(log, p.noteHost)
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p.stop, p.kick, p.open = stop, make(chan struct{}, 1), true
@@ -159,7 +195,7 @@ func (p *Pool) prepare() error {
 		return fail("making the directory of namespaces", err)
 	}
 	p.mtu = mtu(p.host)
-	p.refused = append(append(Refused(), p.Refuse...), p.cidr())
+	p.special = spans(append(append(Refused(), p.Refuse...), p.cidr()))
 	err := p.take(func() error {
 		c := &nftables.Conn{}
 		open, err := openSlots(c, p)
@@ -178,7 +214,7 @@ func (p *Pool) prepare() error {
 	if err != nil {
 		return fail("looking for slots", err)
 	}
-	p.slots = map[int]state{}
+	p.slots, p.tenants = map[int]state{}, map[int]*tenant{}
 	for i := range found {
 		p.slots[i] = unowned
 	}
@@ -211,14 +247,21 @@ func (p *Pool) Close() error {
 		}
 	}
 	errs = append(errs, p.forget(gone))
+	for i := range p.tenants {
+		p.vacate(i)
+	}
+	if p.ears != nil {
+		p.ears.close()
+		p.ears = nil
+	}
 	p.host.Close()
 	return fail("closing the pool", errors.Join(errs...))
 }
 
-// Acquire returns a clean slot with the policy in force: one made ahead, or
-// else one made now. Errors are no_network_slot, network_unavailable and
+// Acquire returns a clean slot with a policy in force: one made ahead, or else
+// one made now. Errors are no_network_slot, network_unavailable and
 // missing_privilege.
-func (p *Pool) Acquire(ctx context.Context, policy Policy) (Slot, error) {
+func (p *Pool) Acquire(ctx context.Context, e cay.Egress) (Slot, error) {
 	leave, err := p.enter()
 	if err != nil {
 		return Slot{}, err
@@ -236,8 +279,8 @@ func (p *Pool) Acquire(ctx context.Context, policy Policy) (Slot, error) {
 			return Slot{}, err
 		}
 	}
-	if !policy.AllowInternet { // slots are made open
-		if err := p.shut(index); err != nil {
+	if !e.Open() { // slots are made open
+		if err := p.enforce(index, policyOf(e)); err != nil {
 			p.dispose(index)
 			return Slot{}, fail("setting the policy of a slot", err)
 		}
@@ -247,12 +290,14 @@ func (p *Pool) Acquire(ctx context.Context, policy Policy) (Slot, error) {
 		return Slot{}, err
 	}
 	p.wake()
+	p.settle(index, policyOf(e))
 	return p.slot(index), nil
 }
 
 // Adopt claims a slot that an earlier process handed out and that its guest
-// still uses; its policy stays in force. network_unavailable says that the
-// slot is not, or no longer wholly, there.
+// still uses; its policy stays in force until [Pool.SetPolicy]. Listeners in
+// its router are gone, and to be opened again. network_unavailable says that
+// the slot is not, or no longer wholly, there.
 func (p *Pool) Adopt(_ context.Context, index int) (Slot, error) {
 	leave, err := p.enter()
 	if err != nil {
@@ -260,18 +305,22 @@ func (p *Pool) Adopt(_ context.Context, index int) (Slot, error) {
 	}
 	defer leave()
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	switch p.slots[index] {
 	case taken:
+		p.mu.Unlock()
 		return p.slot(index), nil
 	case unowned:
 	default:
+		p.mu.Unlock()
 		return Slot{}, fail(fmt.Sprintf("adopting slot %d", index), errors.New("there is no such slot"))
 	}
 	if err := p.whole(index); err != nil {
+		p.mu.Unlock()
 		return Slot{}, fail(fmt.Sprintf("adopting slot %d", index), err)
 	}
 	p.slots[index] = taken
+	p.mu.Unlock()
+	p.settle(index, policy{})
 	return p.slot(index), nil
 }
 
@@ -493,6 +542,7 @@ func (p *Pool) dispose(index int) {
 
 // finish removes a slot that the caller has put in state leaving.
 func (p *Pool) finish(index int) error {
+	p.vacate(index)
 	err := p.remove(index)
 	if err != nil {
 		p.mark(index, stuck)

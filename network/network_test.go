@@ -97,7 +97,7 @@ func TestAdopt(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := first.Acquire(t.Context(), Policy{}); cay.CodeOf(err) != cay.CodeShuttingDown {
+	if _, err := first.Acquire(t.Context(), cay.Egress{}); cay.CodeOf(err) != cay.CodeShuttingDown {
 		t.Errorf("Acquire on a closed pool: %v", err)
 	}
 
@@ -200,13 +200,13 @@ func TestReleaseCutsOffAndWaitsForProcesses(t *testing.T) {
 	if _, err := net.DialTimeout("tcp4", s.Addr.String()+":49983", 50*time.Millisecond); err == nil {
 		t.Error("the slot is still reachable")
 	}
-	if _, err := p.Acquire(t.Context(), Policy{}); cay.CodeOf(err) != cay.CodeNoSlot {
+	if _, err := p.Acquire(t.Context(), cay.Egress{}); cay.CodeOf(err) != cay.CodeNoSlot {
 		t.Errorf("the only slot was given out with a process in it: %v", err)
 	}
 	guest.Process.Kill()
 	guest.Wait()
 	eventually(t, "the slot is free", func() bool {
-		_, err := p.Acquire(t.Context(), Policy{})
+		_, err := p.Acquire(t.Context(), cay.Egress{})
 		return err == nil
 	})
 	for range 2 { // unknown or repeated is no error
@@ -286,7 +286,7 @@ func TestNoSlot(t *testing.T) {
 	p := testPool(t, "full", func(p *Pool) { p.Size, p.Warm = 2, 5 })
 	acquire(t, p, true)
 	b := acquire(t, p, true)
-	_, err := p.Acquire(t.Context(), Policy{})
+	_, err := p.Acquire(t.Context(), cay.Egress{})
 	if want := "all 2 network slots of this node are in use [network/no_network_slot] — end sandboxes, or raise the number of network slots"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
@@ -305,7 +305,7 @@ func TestSmallBlock(t *testing.T) {
 	for range p.room() {
 		held = append(held, acquire(t, p, true))
 	}
-	if _, err := p.Acquire(t.Context(), Policy{}); cay.CodeOf(err) != cay.CodeNoSlot {
+	if _, err := p.Acquire(t.Context(), cay.Egress{}); cay.CodeOf(err) != cay.CodeNoSlot {
 		t.Errorf("one more than all: %v", err)
 	}
 	for i := range 20 {
@@ -335,7 +335,7 @@ func TestCancelled(t *testing.T) {
 	p := testPool(t, "gone")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := p.Acquire(ctx, Policy{}); !errors.Is(err, context.Canceled) {
+	if _, err := p.Acquire(ctx, cay.Egress{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 	if s := p.Stats(); s.InUse != 0 {
@@ -474,7 +474,11 @@ func victim(dir string) {
 	}
 	os.Stdout.WriteString("ready\n")
 	for n := 0; ; n++ {
-		s, err := p.Acquire(ctx, Policy{AllowInternet: n%2 == 0})
+		e := cay.Egress{}
+		if n%2 == 0 {
+			e = closed
+		}
+		s, err := p.Acquire(ctx, e)
 		if err == nil && n%3 > 0 {
 			err = p.Release(ctx, s.Index)
 		}
@@ -558,7 +562,7 @@ func TestMany(t *testing.T) {
 		wg.Go(func() {
 			for i := w; i < n; i += 4 {
 				var err error
-				if slots[i], err = p.Acquire(t.Context(), Policy{AllowInternet: true}); err != nil {
+				if slots[i], err = p.Acquire(t.Context(), cay.Egress{}); err != nil {
 					t.Error(err)
 					return
 				}

@@ -1,12 +1,15 @@
 package network
 
 import (
+	"errors"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -97,6 +100,53 @@ func iifNotIn(s *nftables.Set) words {
 		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: true}}
 }
 
+func udp() words { return metaIs(expr.MetaKeyL4PROTO, expr.CmpOpEq, []byte{unix.IPPROTO_UDP}) }
+
+// toPort matches the destination port of TCP and UDP, which the caller has
+// asked for.
+func toPort(n uint16) words {
+	return words{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		compare(expr.CmpOpEq, binaryutil.BigEndian.PutUint16(n))}
+}
+
+// mark writes a number on the packet that later chains of the same namespace
+// read. A packet comes in without one.
+func mark(n uint32) words {
+	return words{&expr.Immediate{Register: 1, Data: binaryutil.NativeEndian.PutUint32(n)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}}
+}
+
+func marked(n uint32) words {
+	return metaIs(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(n))
+}
+
+func anyMark() words { return metaIs(expr.MetaKeyMARK, expr.CmpOpNeq, make([]byte, 4)) }
+
+// redirect turns a connection towards a port of this namespace.
+func redirect(port uint16) words {
+	return words{&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(port)}, &expr.Redir{RegisterProtoMin: 1}}
+}
+
+// faster matches what comes faster than n a second after a burst.
+func faster(n uint64, burst uint32) words {
+	return words{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: burst, Over: true}}
+}
+
+// slower matches at most n a second after a burst.
+func slower(n uint64, burst uint32) words {
+	return words{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: burst}}
+}
+
+// tell hands the head of the packet to whoever listens to a group of this
+// namespace's log, with a word.
+func tell(group uint16, word string) words {
+	return words{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_PREFIX | 1<<unix.NFTA_LOG_SNAPLEN,
+		Group: group, Snaplen: toldBytes, Data: []byte(word)}}
+}
+
+// toldBytes hold the longest IPv4 header and the ports after it.
+const toldBytes = 64
+
 // toLocal matches what is addressed to this namespace itself, by any of its
 // addresses as they are now.
 func toLocal() words {
@@ -148,6 +198,7 @@ func over(n uint32) words { return words{&expr.Connlimit{Count: n, Flags: 1}} }
 func count() words { return words{&expr.Counter{}} }
 
 func drop() words   { return words{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}} }
+func back() words   { return words{&expr.Verdict{Kind: expr.VerdictReturn}} }
 func accept() words { return words{&expr.Verdict{Kind: expr.VerdictAccept}} }
 func jump(chain string) words {
 	return words{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}
@@ -179,6 +230,8 @@ type table struct {
 	table *nftables.Table
 	setID uint32
 	err   error
+	// reasons are those for which there is a chain.
+	reasons map[string]bool
 }
 
 func newTable(c *nftables.Conn, name string) *table {
@@ -212,10 +265,10 @@ func (t *table) add(c *nftables.Chain) func(...words) {
 	}
 }
 
-// addresses adds a set of IPv4 ranges.
-func (t *table) addresses(name string, ps []netip.Prefix) *nftables.Set {
+// ranges adds a set of sorted IPv4 ranges.
+func (t *table) ranges(name string, all []span) *nftables.Set {
 	var el []nftables.SetElement
-	for _, s := range spans(ps) {
+	for _, s := range all {
 		el = append(el, nftables.SetElement{Key: s.first.AsSlice()})
 		if next := s.last.Next(); next.IsValid() { // a range up to the last address has no end
 			el = append(el, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
@@ -236,11 +289,17 @@ func (t *table) interfaces(name string, names []string) *nftables.Set {
 func (t *table) set(s *nftables.Set, el []nftables.SetElement) *nftables.Set {
 	t.setID++
 	s.Table, s.ID = t.table, t.setID // own IDs: the library counts them in a variable without a lock
-	if err := t.conn.AddSet(s, el); err != nil && t.err == nil {
-		t.err = err
+	err := t.conn.AddSet(s, nil)
+	for part := range slices.Chunk(el, elementsAtOnce) {
+		err = errors.Join(err, t.conn.SetAddElements(s, part))
 	}
+	t.err = errors.Join(t.err, err)
 	return s
 }
+
+// elementsAtOnce keeps the list in one message below the 64 KiB that an
+// attribute holds; an element takes about 24 bytes.
+const elementsAtOnce = 1000
 
 func (t *table) commit() error {
 	if t.err != nil {
@@ -259,5 +318,13 @@ func dropTable(c *nftables.Conn, name string) error {
 
 // nftIn opens nftables in the namespace of f.
 func nftIn(f *os.File) (*nftables.Conn, error) {
-	return nftables.New(nftables.WithNetNSFd(int(f.Fd())))
+	return nftables.New(nftables.WithNetNSFd(int(f.Fd())), nftables.WithSockOptions(roomy))
 }
+
+// roomy lets a batch be larger than what a socket takes by default: one with
+// ten thousand prefixes has half a megabyte.
+func roomy(c *mdnetlink.Conn) error {
+	return errors.Join(c.SetWriteBuffer(batchBytes), c.SetReadBuffer(batchBytes))
+}
+
+const batchBytes = 8 << 20

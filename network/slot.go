@@ -157,7 +157,7 @@ func (p *Pool) build(index int) error {
 		if err := b.innermost(inner); err != nil {
 			return fmt.Errorf("linking the guest to the router: %w", err)
 		}
-		if err := routerFirewall(rules, b.at, p.refused); err != nil {
+		if err := p.routerFirewall(newTable(rules, routerTable), b.at, policy{}); err != nil {
 			return fmt.Errorf("loading the router's rules: %w", err)
 		}
 		if err := onHost(func() error { return p.allow(p.link(index)) }); err != nil {
@@ -332,23 +332,6 @@ func (b builder) prove() error {
 		err = fmt.Errorf("nothing arrived at the guest's side (does a firewall of the host drop what goes to %s?): %w", b.at.slot, err)
 	}
 	return err
-}
-
-// shut takes the internet from a slot, in both halves of its firewall.
-func (p *Pool) shut(index int) error {
-	f, err := os.Open(p.routerNS(index))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	c, err := nftIn(f)
-	if err != nil {
-		return err
-	}
-	if err := closeRouter(c); err != nil {
-		return err
-	}
-	return p.deny(p.link(index))
 }
 
 // whole reports what is missing of a slot that should be there.

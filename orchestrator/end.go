@@ -38,12 +38,13 @@ func (o *Orchestrator) end(g *guest, reason cay.EndReason, message string) {
 func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	id := g.rec.Execution
 	sbx := g.rec.Sandbox
+	refused := o.detach(ctx, g)
 	if sbx != "" {
 		o.again("taking the sandbox out of the catalog", id, func() error { return o.Catalog.Delete(ctx, sbx, id) })
 		if o.Streams != nil {
 			o.Streams.Cut(sbx, id)
 		}
-		o.keepPast(ctx, g)
+		o.keepPast(ctx, g, refused)
 	}
 	if !o.again("ending the guest", id, func() error { return o.Runtime.Kill(ctx, runtime.InstanceID(id)) }) {
 		return
@@ -100,8 +101,9 @@ func (o *Orchestrator) again(what string, id cay.ExecutionID, f func() error) bo
 	}
 }
 
-// keepPast remembers what was said on the console and how the start went.
-func (o *Orchestrator) keepPast(ctx context.Context, g *guest) {
+// keepPast remembers what was said on the console, what was refused, and how the
+// start went.
+func (o *Orchestrator) keepPast(ctx context.Context, g *guest, refused []cay.EgressRefusal) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	lines, err := o.Runtime.Console(ctx, runtime.InstanceID(g.rec.Execution))
@@ -111,7 +113,7 @@ func (o *Orchestrator) keepPast(ctx context.Context, g *guest) {
 	o.mu.Lock()
 	steps := slices.Clone(g.rec.Steps)
 	o.mu.Unlock()
-	o.past.put(g.rec.Sandbox, pastGuest{console: lines[max(0, len(lines)-pastLines):], steps: steps})
+	o.past.put(g.rec.Sandbox, pastGuest{console: lines[max(0, len(lines)-pastLines):], steps: steps, refused: refused})
 }
 
 // ends delivers the ends of sandboxes to watchers.
@@ -177,6 +179,7 @@ type past struct {
 type pastGuest struct {
 	console []cay.ConsoleLine
 	steps   []cay.StartStep
+	refused []cay.EgressRefusal
 	at      time.Time
 }
 

@@ -2,6 +2,8 @@ package orchestrator
 
 import (
 	"context"
+	"net"
+	"net/netip"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
@@ -11,9 +13,20 @@ import (
 // Slots is what the orchestrator needs of the network mechanism.
 type Slots interface {
 	// Acquire returns a clean slot whose egress policy is in force.
-	Acquire(ctx context.Context, p network.Policy) (network.Slot, error)
+	Acquire(ctx context.Context, e cay.Egress) (network.Slot, error)
 	// Adopt claims a slot that a record of an earlier run of the server names.
 	Adopt(ctx context.Context, index int) (network.Slot, error)
+	// SetPolicy changes the egress policy of a slot in use.
+	SetPolicy(ctx context.Context, index int, e cay.Egress) error
+	// Divert opens the sockets to which a policy with names turns what the
+	// guest opens. Whoever has them closes them before Release.
+	Divert(ctx context.Context, index int) (network.Diverted, error)
+	// Dial opens a connection outwards for those who serve the sockets.
+	Dial(ctx context.Context, index int, to netip.AddrPort) (net.Conn, error)
+	// Refusals returns what was refused to the guest of a slot after a number.
+	Refusals(ctx context.Context, index int, seq uint64) ([]cay.EgressRefusal, error)
+	// NoteRefusal adds one that was not the network's.
+	NoteRefusal(index int, r cay.EgressRefusal)
 	// Release gives a slot back, whoever holds it; an unknown one is no error.
 	Release(ctx context.Context, index int) error
 	// Sweep removes every slot that was neither acquired nor adopted.

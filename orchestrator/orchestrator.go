@@ -33,6 +33,7 @@ type Orchestrator struct {
 	Catalog catalog.Catalog
 	Engines Engines // nil: there is the runtime's own engine only
 	Streams Streams // may be nil
+	Names   Names   // nil: policies with names are refused
 	Guest   Guest   // nil is HTTP to the guest's control port
 
 	// PoolSize is how many guests are kept booted ahead per hot build.
@@ -85,7 +86,8 @@ type start struct {
 // Orchestrator.mu; exit is readable after exited is closed.
 type guest struct {
 	rec     record
-	allow   bool          // its slot reaches the internet
+	net     sync.Mutex    // one change of its network at a time
+	named   bool          // Names has it; guarded by net
 	adopted bool          // survived a restart of the server
 	exited  chan struct{} // closed when the engine says that it ended
 	exit    runtime.Exit
@@ -303,11 +305,15 @@ func (o *Orchestrator) place(ctx context.Context, c cay.SandboxConfig) (*guest, 
 		return nil, err
 	}
 	var g *guest
-	b := boot{manifest: m, layers: layers, res: c.Resources, allow: c.AllowInternet}
+	b := boot{manifest: m, layers: layers, res: c.Resources, confined: confined{c.ID, c.TeamID, c.Egress}}
 	if c.From != "" {
 		g, err = o.bootFrom(ctx, b, c)
 	} else if g = o.claim(poolKey{build: c.Build, res: c.Resources}, c); g == nil {
 		g, err = o.boot(ctx, b)
+	} else if !c.Egress.Open() {
+		if err = o.confine(ctx, g, b.confined); err != nil {
+			o.end(g, cay.EndStartFailed, err.Error())
+		}
 	}
 	if err != nil {
 		return nil, err

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +32,8 @@ type world struct {
 	mu        sync.Mutex
 	instances map[runtime.InstanceID]*instance
 	slots     map[int]bool
+	policies  map[int]cay.Egress
+	refusals  map[int][]cay.EgressRefusal
 	disks     map[string]bool
 	routes    map[cay.SandboxID]catalog.Route
 	inits     []orchestrator.GuestConfig
@@ -56,7 +59,7 @@ type instance struct {
 type memory struct{ Token, Instance string }
 
 func newWorld() *world {
-	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, disks: map[string]bool{},
+	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, policies: map[int]cay.Egress{}, refusals: map[int][]cay.EgressRefusal{}, disks: map[string]bool{},
 		routes: map[cay.SandboxID]catalog.Route{}, fail: map[string]error{}, bootTime: 50 * time.Millisecond}
 }
 
@@ -237,7 +240,7 @@ func (e engine) Stats(context.Context, runtime.InstanceID) (runtime.Stats, error
 // slots is the network of the world.
 type slots struct{ *world }
 
-func (s slots) Acquire(context.Context, network.Policy) (network.Slot, error) {
+func (s slots) Acquire(_ context.Context, e cay.Egress) (network.Slot, error) {
 	if err := s.err("acquire"); err != nil {
 		return network.Slot{}, err
 	}
@@ -246,6 +249,7 @@ func (s slots) Acquire(context.Context, network.Policy) (network.Slot, error) {
 	for i := 0; ; i++ {
 		if !s.slots[i] {
 			s.slots[i] = true
+			s.policies[i] = e
 			return slot(i), nil
 		}
 	}
@@ -268,6 +272,8 @@ func (s slots) Release(_ context.Context, i int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.slots, i)
+	delete(s.policies, i)
+	delete(s.refusals, i)
 	return nil
 }
 func (s slots) Sweep(context.Context) error { return nil }
@@ -455,7 +461,7 @@ func reopen(t *testing.T, w *world, dir string, pool int) *orchestrator.Orchestr
 }
 
 func config(id string) cay.SandboxConfig {
-	return cay.SandboxConfig{ID: cay.SandboxID(id), TeamID: "t", Template: "tpl", Build: "b1", AllowInternet: true,
+	return cay.SandboxConfig{ID: cay.SandboxID(id), TeamID: "t", Template: "tpl", Build: "b1",
 		Resources: cay.Resources{CPUs: 2, MemoryMB: 512, DiskMB: 1024}, AccessToken: "tok", EnvVars: map[string]string{"A": "client"}}
 }
 
@@ -703,13 +709,16 @@ func TestPool(t *testing.T) {
 			t.Errorf("a create from the pool waited %s for a boot", took)
 		}
 		off := config("i2")
-		off.AllowInternet = false
+		off.Egress = shut
 		began = time.Now()
 		if _, err := o.Create(t.Context(), off); err != nil {
 			t.Fatal(err)
 		}
-		if time.Since(began) == 0 {
-			t.Error("a sandbox without internet was taken from the pool, whose slots have it")
+		if took := time.Since(began); took != 0 {
+			t.Errorf("a create without internet waited %s for a boot", took)
+		}
+		if got := w.policyOf(t, o, "i2"); !reflect.DeepEqual(got, shut) {
+			t.Errorf("a guest of the pool has the policy %+v", got)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()

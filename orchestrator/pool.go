@@ -56,16 +56,13 @@ func (o *Orchestrator) wake() {
 	}
 }
 
-// claim takes a guest that was booted ahead, or returns nil. A sandbox without
-// internet never gets one: the pool's slots have the default policy.
+// claim takes a guest that was booted ahead, or returns nil. Its slot lets
+// everything out until [Orchestrator.confine] says otherwise.
 func (o *Orchestrator) claim(k poolKey, c cay.SandboxConfig) *guest {
 	defer o.wake()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.heatLocked(k)
-	if !c.AllowInternet {
-		return nil
-	}
 	var best *guest
 	for _, g := range o.guests {
 		if g.rec.Phase != pooled || g.rec.Sandbox != "" || (poolKey{g.rec.Build, g.rec.Resources}) != k {
@@ -168,7 +165,7 @@ func (o *Orchestrator) bootAhead(ctx context.Context, k poolKey) error {
 		o.mu.Unlock()
 		return err
 	}
-	g, err := o.boot(ctx, boot{manifest: m, layers: layers, res: k.res, allow: true})
+	g, err := o.boot(ctx, boot{manifest: m, layers: layers, res: k.res})
 	if err != nil {
 		return err
 	}

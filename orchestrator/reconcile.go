@@ -40,7 +40,7 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		if r.Engine.Version == "" {
 			r.Engine = o.engine
 		}
-		g := &guest{rec: r, allow: true, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
+		g := &guest{rec: r, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
 		o.mu.Lock()
 		o.guests[r.Execution] = g
 		if r.Sandbox != "" && r.Phase != booting {
@@ -69,6 +69,9 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 			}
 			doomed = append(doomed, g)
 			continue
+		}
+		if r.Phase != pooled {
+			o.reconfine(ctx, g)
 		}
 		if r.Phase == saving {
 			saves = append(saves, g)

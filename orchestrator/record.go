@@ -79,6 +79,12 @@ type record struct {
 	StartedAt    time.Time      `json:"startedAt,omitzero"`
 	Deadline     time.Time      `json:"deadline,omitzero"`
 
+	// Egress is what it may reach; nil in records of versions that did not keep
+	// it. The proxy's password has a field of its own, for a secret redacts
+	// itself.
+	Egress        *cay.Egress `json:"egress,omitempty"`
+	ProxyPassword string      `json:"proxyPassword,omitempty"`
+
 	// Set in phase saving: the snapshot in the making, and whether the sandbox
 	// ends with it. They stay in phase ending, to tell what a pause made.
 	Saving     cay.SnapshotID `json:"saving,omitempty"`
@@ -87,6 +93,28 @@ type record struct {
 	// Set in phase ending.
 	EndReason  cay.EndReason `json:"endReason,omitempty"`
 	EndMessage string        `json:"endMessage,omitempty"`
+}
+
+// setEgress keeps a policy.
+func (r *record) setEgress(e cay.Egress) {
+	r.Egress, r.ProxyPassword = &e, ""
+	if e.Proxy != nil {
+		r.ProxyPassword = e.Proxy.Password.Reveal()
+	}
+}
+
+// egress returns the policy that was kept.
+func (r record) egress() cay.Egress {
+	if r.Egress == nil {
+		return cay.Egress{}
+	}
+	e := *r.Egress
+	if e.Proxy != nil {
+		p := *e.Proxy
+		p.Password = cay.Secret(r.ProxyPassword)
+		e.Proxy = &p
+	}
+	return e
 }
 
 // records keeps record files in one directory.

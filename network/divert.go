@@ -1,0 +1,174 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Where in a router the kernel sends what a guest with a named policy opens.
+const (
+	StreamPort   = 1080 // its connections, to whatever port but 53
+	ResolverPort = 53   // its connections and datagrams to port 53 of any address
+)
+
+// Diverted are the sockets in a slot's router that receive what the kernel
+// does not decide about, see [cay.Egress.Named]. Only the guest reaches them.
+// While they are closed the guest's connections are refused.
+type Diverted struct {
+	TCP    net.Listener
+	DNS    net.PacketConn
+	DNSTCP net.Listener
+}
+
+// Close closes all three.
+func (d Diverted) Close() error {
+	var errs []error
+	for _, c := range []interface{ Close() error }{d.TCP, d.DNS, d.DNSTCP} {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Divert opens the sockets of a slot in use. The caller closes them before it
+// releases the slot.
+func (p *Pool) Divert(ctx context.Context, index int) (Diverted, error) {
+	var d Diverted
+	err := p.inRouter(index, func() (err error) {
+		at := func(port uint16) string { return netip.AddrPortFrom(gatewayAddr, port).String() }
+		var l net.ListenConfig
+		if d.TCP, err = l.Listen(ctx, "tcp4", at(StreamPort)); err != nil {
+			return err
+		}
+		if d.DNSTCP, err = l.Listen(ctx, "tcp4", at(ResolverPort)); err != nil {
+			return errors.Join(err, d.TCP.Close())
+		}
+		if d.DNS, err = l.ListenPacket(ctx, "udp4", at(ResolverPort)); err != nil {
+			return errors.Join(err, d.TCP.Close(), d.DNSTCP.Close())
+		}
+		return nil
+	})
+	if err != nil {
+		return Diverted{}, fail(fmt.Sprintf("listening in the router of slot %d", index), err)
+	}
+	return d, nil
+}
+
+// Destination tells where a guest sent a connection that [Diverted.TCP] or
+// [Diverted.DNSTCP] accepted (SO_ORIGINAL_DST of linux/netfilter_ipv4.h).
+func Destination(c net.Conn) (netip.AddrPort, error) {
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return netip.AddrPort{}, fmt.Errorf("%T is no connection of a guest", c)
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	var sa unix.RawSockaddrInet4
+	var errno unix.Errno
+	err = raw.Control(func(fd uintptr) {
+		size := uint32(unsafe.Sizeof(sa))
+		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_IP, unix.SO_ORIGINAL_DST,
+			uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), 0)
+	})
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	if errno != 0 {
+		return netip.AddrPort{}, os.NewSyscallError("getsockopt", errno)
+	}
+	port := (*[2]byte)(unsafe.Pointer(&sa.Port)) // in network order
+	return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(port[0])<<8|uint16(port[1])), nil
+}
+
+// Dial opens a TCP connection outwards from a slot's router, for the server
+// that serves [Diverted]: both walls judge it as the guest's own. An address
+// that is always refused is refused before anything is sent.
+func (p *Pool) Dial(ctx context.Context, index int, to netip.AddrPort) (net.Conn, error) {
+	a := to.Addr().Unmap()
+	if !a.Is4() || within(p.special, a) {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: os.NewSyscallError("connect", unix.ECONNREFUSED)}
+	}
+	// Only the socket is made on a thread in the router: a thread for as long
+	// as somebody takes to answer is more than a guest may cost.
+	var fd int
+	err := p.inRouter(index, func() (err error) {
+		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		return os.NewSyscallError("socket", err)
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: a.As4()})
+	f := os.NewFile(uintptr(fd), "tcp "+to.String())
+	defer f.Close() // FileConn makes a copy
+	if errors.Is(err, unix.EINPROGRESS) {
+		err = connected(ctx, f)
+	}
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: err}
+	}
+	return net.FileConn(f)
+}
+
+// connected waits until a socket is connected that is about to be.
+func connected(ctx context.Context, f *os.File) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if d, ok := ctx.Deadline(); ok {
+		if err := f.SetDeadline(d); err != nil {
+			return err
+		}
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetDeadline(time.Unix(1, 0)) }) // wakes the wait
+	defer stop()
+	var cerr error
+	err = raw.Write(func(fd uintptr) bool {
+		code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		if err == nil && code != 0 {
+			err = os.NewSyscallError("connect", unix.Errno(code))
+		}
+		if err == nil {
+			if _, err = unix.Getpeername(int(fd)); errors.Is(err, unix.ENOTCONN) {
+				return false // woken for nothing
+			}
+		}
+		cerr = err
+		return true
+	})
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
+		return err
+	}
+	return cerr
+}
+
+// inRouter runs f on a thread in the router of a slot in use.
+func (p *Pool) inRouter(index int, f func() error) error {
+	leave, err := p.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	if _, err := p.tenant(index); err != nil {
+		return err
+	}
+	ns, err := os.Open(p.routerNS(index))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return inNamespace(ns, f)
+}

@@ -1,0 +1,238 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay"
+)
+
+// verdict is what becomes of a packet that a guest sends to a destination.
+type verdict int
+
+const (
+	passed   verdict = iota
+	refused          // and answered
+	streamed         // to the listener for connections in the router
+	resolved         // to the listener for queries in the router
+)
+
+// Reasons of refusals: the words that the kernel's log carries.
+const (
+	bySpecial     = "special"     // whatever the policy
+	bySelf        = "self"        // an address of the machine
+	byDeny        = "deny"        // the policy's list
+	byName        = "name"        // it hides its name
+	byConnections = "connections" // too many open
+	byRate        = "rate"        // too many new ones
+)
+
+const (
+	portDNS  = 53
+	portQUIC = 443
+)
+
+// policy is a [cay.Egress] as packets are judged by it. Guests have no IPv6, so
+// it holds IPv4 ranges only. It is the model of the rules that firewall.go
+// loads; a test holds the two together.
+type policy struct {
+	of          cay.Egress
+	allow, deny []span
+	// named: connections go to whoever reads their names; hidden: what hides
+	// its name from it is refused.
+	named, hidden bool
+}
+
+func policyOf(e cay.Egress) policy {
+	return policy{of: e, allow: spans(e.Allow), deny: spans(e.Deny), named: e.Named(),
+		hidden: len(e.AllowNames) > 0 || len(e.Rules) > 0}
+}
+
+// shut reports whether nothing leaves the slot, so that the host's wall can
+// know it too.
+func (p policy) shut() bool {
+	return !p.named && len(p.allow) == 0 && len(p.deny) == 1 && p.deny[0] == everything
+}
+
+// everything is the range of all IPv4 addresses.
+var everything = span{netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("255.255.255.255")}
+
+// judge says what becomes of a guest's packet that is no answer, and if it is
+// refused, why. special are the ranges that are always refused.
+func (p policy) judge(special []span, protocol uint8, to netip.AddrPort) (verdict, string) {
+	a := to.Addr()
+	tcp, udp := protocol == unix.IPPROTO_TCP, protocol == unix.IPPROTO_UDP
+	switch {
+	case !a.Is4() || within(special, a):
+		return refused, bySpecial
+	case p.named && (tcp || udp) && to.Port() == portDNS:
+		return resolved, ""
+	case p.named && tcp:
+		return streamed, ""
+	case within(p.allow, a):
+		return passed, ""
+	case p.hidden && udp && to.Port() == portQUIC:
+		return refused, byName
+	case within(p.deny, a):
+		return refused, byDeny
+	}
+	return passed, ""
+}
+
+// within reports whether sorted ranges hold an address.
+func within(all []span, a netip.Addr) bool {
+	i, exact := slices.BinarySearchFunc(all, a, func(s span, a netip.Addr) int { return s.first.Compare(a) })
+	return exact || i > 0 && a.Compare(all[i-1].last) <= 0
+}
+
+// SetPolicy gives a slot in use another policy. It is in force at the return,
+// all of it at one instant, also for what is open: connections that it refuses
+// or that have to go another way are cut. After an error the slot has the old
+// policy, or one that lets less through.
+func (p *Pool) SetPolicy(_ context.Context, index int, e cay.Egress) error {
+	leave, err := p.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	t, err := p.tenant(index)
+	if err != nil {
+		return err
+	}
+	t.turn.Lock()
+	defer t.turn.Unlock()
+	if err := p.enforce(index, policyOf(e)); err != nil {
+		return fail(fmt.Sprintf("setting the policy of slot %d", index), err)
+	}
+	p.mu.Lock()
+	t.policy = policyOf(e)
+	p.mu.Unlock()
+	return nil
+}
+
+// enforce puts a policy in force in both walls. The wall that opens does so
+// last.
+func (p *Pool) enforce(index int, pol policy) error {
+	f, err := os.Open(p.routerNS(index))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	c, err := nftIn(f)
+	if err != nil {
+		return err
+	}
+	if !pol.shut() {
+		if err := p.allow(p.link(index)); err != nil {
+			return fmt.Errorf("opening the host's rules: %w", err)
+		}
+	}
+	if err := p.routerFirewall(insteadOf(c, routerTable), p.addresses(index), pol); err != nil {
+		return fmt.Errorf("loading the router's rules: %w", err)
+	}
+	if pol.shut() {
+		if err := p.deny(p.link(index)); err != nil {
+			return fmt.Errorf("closing the host's rules: %w", err)
+		}
+	}
+	return p.cut(f, pol)
+}
+
+// cut ends the connections in a router that a policy has made wrong. Without
+// its entry in the table of connections nothing that comes back reaches the
+// guest, and what the guest sends is judged anew.
+func (p *Pool) cut(router *os.File, pol policy) error {
+	var h *netlink.Handle
+	err := inNamespace(router, func() (err error) {
+		h, err = netlink.NewHandle(unix.NETLINK_NETFILTER)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("opening the router's table of connections: %w", err)
+	}
+	defer h.Close()
+	for try := 1; ; try++ {
+		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, wrongFilter{pol, p.special})
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, netlink.ErrDumpInterrupted) || try == cutTries:
+			return fmt.Errorf("ending connections: %w", err)
+		}
+	}
+}
+
+// cutTries is how often a table of connections is read that changes meanwhile.
+const cutTries = 5
+
+// wrongFilter matches connections of a guest that a policy would not let be as
+// they are.
+type wrongFilter struct {
+	policy  policy
+	special []span
+}
+
+// MatchConntrackFlow implements the library's filter.
+func (f wrongFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
+	to, _ := netip.AddrFromSlice(flow.Forward.DstIP)
+	back, _ := netip.AddrFromSlice(flow.Reverse.SrcIP)
+	if from.Unmap() != guestAddr {
+		return false // the host to the guest, or the router itself
+	}
+	v, _ := f.policy.judge(f.special, flow.Forward.Protocol, netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort))
+	diverted := back.Unmap() == gatewayAddr
+	switch v {
+	case passed:
+		return false // also if it is diverted: who serves it there judges it
+	case refused:
+		return true
+	}
+	return !diverted || flow.Forward.DstPort == portDNS != (flow.Reverse.SrcPort == ResolverPort)
+}
+
+// tenant is what the pool holds of a slot in use.
+type tenant struct {
+	turn   sync.Mutex // one change of the policy at a time
+	policy policy     // guarded by Pool.mu
+	log    refusalLog
+	ears   *listener // to the kernel's log; may be nil
+}
+
+// tenant returns what the pool holds of a slot.
+func (p *Pool) tenant(index int) (*tenant, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t := p.tenants[index]; t != nil {
+		return t, nil
+	}
+	return nil, fail(fmt.Sprintf("looking at slot %d", index), errors.New("it is not in use"))
+}
+
+// settle makes a tenant of a slot that somebody has now.
+func (p *Pool) settle(index int, pol policy) {
+	t := &tenant{policy: pol}
+	t.ears = p.hear(index, t)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tenants[index] = t
+}
+
+// vacate forgets the tenant of a slot.
+func (p *Pool) vacate(index int) {
+	p.mu.Lock()
+	t := p.tenants[index]
+	delete(p.tenants, index)
+	p.mu.Unlock()
+	if t != nil && t.ears != nil {
+		t.ears.close()
+	}
+}

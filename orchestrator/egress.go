@@ -1,0 +1,202 @@
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/egress"
+	"github.com/cayhq/cay/network"
+)
+
+// Names decides by name about what guests open, where their policy says names.
+// Package egress implements it.
+type Names interface {
+	// Attach begins to serve a guest; it takes possession of the sockets, also
+	// with an error.
+	Attach(ctx context.Context, g egress.Guest) error
+	// SetPolicy changes the policy of a guest, for what is open too.
+	SetPolicy(e cay.ExecutionID, p cay.Egress) error
+	// Detach ends what is open and closes the sockets; an unknown guest is no
+	// error.
+	Detach(e cay.ExecutionID)
+}
+
+var errNoNames = &cay.Error{Code: cay.CodeNotImplemented, Layer: cay.LayerNetwork,
+	Message: "this node does not decide about connections by name", Fix: "allow addresses and ranges instead of names"}
+
+// confined says what a guest may reach, and for whom that is.
+type confined struct {
+	sandbox cay.SandboxID
+	team    cay.TeamID
+	egress  cay.Egress
+}
+
+// SetEgress implements [cay.Node].
+func (o *Orchestrator) SetEgress(ctx context.Context, id cay.SandboxID, e cay.Egress) error {
+	o.mu.Lock()
+	g := o.bySbx[id]
+	var team cay.TeamID
+	if g != nil {
+		team = g.rec.Team
+	}
+	o.mu.Unlock()
+	if g == nil {
+		return errNotFound(id)
+	}
+	return o.confine(ctx, g, confined{id, team, e})
+}
+
+// confine gives a guest that has a slot another policy. The record goes first,
+// so that whoever adopts the guest enforces what was asked for last.
+func (o *Orchestrator) confine(ctx context.Context, g *guest, c confined) error {
+	if c.egress.Named() && o.Names == nil {
+		return errNoNames
+	}
+	g.net.Lock()
+	defer g.net.Unlock()
+	o.mu.Lock()
+	had := g.rec.Egress
+	hadPassword := g.rec.ProxyPassword
+	if g.rec.Phase == ending {
+		o.mu.Unlock()
+		return errNotFound(c.sandbox)
+	}
+	g.rec.setEgress(c.egress)
+	err := o.records.write(g.rec)
+	o.mu.Unlock()
+	if err == nil {
+		err = o.enforce(ctx, g, c)
+	}
+	if err == nil {
+		return nil
+	}
+	o.mu.Lock()
+	g.rec.Egress, g.rec.ProxyPassword = had, hadPassword
+	old := g.rec
+	if old.Phase != ending {
+		err = errors.Join(err, o.records.write(old))
+	}
+	o.mu.Unlock()
+	if had != nil && old.Phase != ending {
+		err = errors.Join(err, o.enforce(context.WithoutCancel(ctx), g, confined{c.sandbox, c.team, old.egress()}))
+	}
+	return err
+}
+
+// enforce puts a policy in force for a guest that has a slot. The caller holds
+// g.net. What the network turns over to Names is refused while nobody is there
+// to take it.
+func (o *Orchestrator) enforce(ctx context.Context, g *guest, c confined) error {
+	if g.named && !c.egress.Named() {
+		o.Names.Detach(g.rec.Execution)
+		g.named = false
+	}
+	if err := o.Slots.SetPolicy(ctx, g.rec.Slot, c.egress); err != nil {
+		return err
+	}
+	if g.named {
+		return o.Names.SetPolicy(g.rec.Execution, c.egress)
+	}
+	return o.attach(ctx, g, c)
+}
+
+// attach has a guest served by name whose policy needs it. The caller holds
+// g.net, and the policy is in force in the network.
+func (o *Orchestrator) attach(ctx context.Context, g *guest, c confined) error {
+	if !c.egress.Named() {
+		return nil
+	}
+	if o.Names == nil {
+		return errNoNames
+	}
+	slot := g.rec.Slot
+	d, err := o.Slots.Divert(ctx, slot)
+	if err != nil {
+		return err
+	}
+	err = o.Names.Attach(ctx, egress.Guest{Execution: g.rec.Execution, Sandbox: c.sandbox, Team: c.team, Policy: c.egress,
+		TCP: d.TCP, DNS: d.DNS, DNSTCP: d.DNSTCP, Destination: network.Destination,
+		Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return o.Slots.Dial(ctx, slot, to) }})
+	if err != nil {
+		return err
+	}
+	g.named = true
+	return nil
+}
+
+// detach ends what Names serves of an ending guest, and keeps what was refused
+// to it. Nothing is attached to it any more.
+func (o *Orchestrator) detach(ctx context.Context, g *guest) []cay.EgressRefusal {
+	g.net.Lock()
+	defer g.net.Unlock()
+	if g.named {
+		o.Names.Detach(g.rec.Execution)
+		g.named = false
+	}
+	if g.rec.Slot < 0 {
+		return nil
+	}
+	log, err := o.Slots.Refusals(ctx, g.rec.Slot, 0)
+	if err != nil {
+		return nil // a courtesy
+	}
+	return log
+}
+
+// reconfine enforces what the record of an adopted guest says. After an error
+// the network has what it had, and lets less through.
+func (o *Orchestrator) reconfine(ctx context.Context, g *guest) {
+	if g.rec.Egress == nil { // of a version that did not keep it
+		return
+	}
+	g.net.Lock()
+	defer g.net.Unlock()
+	c := confined{g.rec.Sandbox, g.rec.Team, g.rec.egress()}
+	if c.egress.Named() && o.Names == nil {
+		return
+	}
+	if err := o.enforce(ctx, g, c); err != nil {
+		o.log().Error("the egress policy of an adopted sandbox is not wholly in force", "sandbox", g.rec.Sandbox, "error", err)
+	}
+}
+
+// EgressLog implements [cay.Node].
+func (o *Orchestrator) EgressLog(ctx context.Context, id cay.SandboxID, seq uint64) ([]cay.EgressRefusal, error) {
+	o.mu.Lock()
+	g := o.bySbx[id]
+	slot := -1
+	if g != nil && g.rec.Phase != ending {
+		slot = g.rec.Slot
+	}
+	o.mu.Unlock()
+	if slot >= 0 {
+		return o.Slots.Refusals(ctx, slot, seq)
+	}
+	p, ok := o.past.get(id)
+	if !ok {
+		return nil, errNotFound(id)
+	}
+	i := slices.IndexFunc(p.refused, func(r cay.EgressRefusal) bool { return r.Seq > seq })
+	if i < 0 {
+		return nil, nil
+	}
+	return p.refused[i:], nil
+}
+
+// NoteRefusal takes what Names has refused into the log of its sandbox.
+func (o *Orchestrator) NoteRefusal(r egress.Refusal) {
+	o.mu.Lock()
+	g := o.guests[r.Execution]
+	slot := -1
+	if g != nil {
+		slot = g.rec.Slot
+	}
+	o.mu.Unlock()
+	if slot >= 0 {
+		o.Slots.NoteRefusal(slot, cay.EgressRefusal{First: r.At, Protocol: r.Protocol, Destination: r.Destination, Name: r.Name, Rule: r.Rule, Reason: r.Reason})
+	}
+}

@@ -1,0 +1,319 @@
+package orchestrator_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/egress"
+	"github.com/cayhq/cay/network"
+	"github.com/cayhq/cay/orchestrator"
+)
+
+var (
+	shut  = cay.Egress{Deny: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}
+	named = cay.Egress{Deny: shut.Deny, AllowNames: []string{"example.com"}}
+	proxy = cay.Egress{Proxy: &cay.EgressProxy{Address: "proxy.example:1080", Username: "u", Password: "hunter2"}}
+)
+
+func (s slots) SetPolicy(_ context.Context, i int, e cay.Egress) error {
+	if err := s.err("policy"); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.slots[i] {
+		return errors.New("no such slot")
+	}
+	s.policies[i] = e
+	return nil
+}
+
+// Divert gives sockets that are none.
+func (s slots) Divert(context.Context, int) (network.Diverted, error) {
+	return network.Diverted{}, s.err("divert")
+}
+
+func (s slots) Dial(context.Context, int, netip.AddrPort) (net.Conn, error) {
+	return nil, errors.New("there is no network here")
+}
+
+func (s slots) Refusals(_ context.Context, i int, seq uint64) ([]cay.EgressRefusal, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := s.refusals[i]
+	return slices.Clone(all[min(int(seq), len(all)):]), nil
+}
+
+func (s slots) NoteRefusal(i int, r cay.EgressRefusal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.Seq, r.Count = uint64(len(s.refusals[i])+1), 1
+	s.refusals[i] = append(s.refusals[i], r)
+}
+
+// slotOf returns the slot of a sandbox, which its address names.
+func slotOf(t *testing.T, o *orchestrator.Orchestrator, id cay.SandboxID) int {
+	t.Helper()
+	s, err := o.Get(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(netip.MustParseAddr(s.Host.Address).As4()[3])
+}
+
+// policyOf is what the network has of a sandbox.
+func (w *world) policyOf(t *testing.T, o *orchestrator.Orchestrator, id cay.SandboxID) cay.Egress {
+	t.Helper()
+	i := slotOf(t, o, id)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.policies[i]
+}
+
+// names is a server of names that remembers what it serves.
+type names struct {
+	mu     sync.Mutex
+	serves map[cay.ExecutionID]egress.Guest
+	fail   error
+}
+
+func (n *names) Attach(_ context.Context, g egress.Guest) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.fail != nil {
+		return n.fail
+	}
+	if _, twice := n.serves[g.Execution]; twice {
+		return errors.New("attached twice")
+	}
+	n.serves[g.Execution] = g
+	return nil
+}
+
+func (n *names) SetPolicy(e cay.ExecutionID, p cay.Egress) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g, ok := n.serves[e]
+	if !ok {
+		return errors.New("not attached")
+	}
+	g.Policy = p
+	n.serves[e] = g
+	return nil
+}
+
+func (n *names) Detach(e cay.ExecutionID) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.serves, e)
+}
+
+func (n *names) all() []egress.Guest {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []egress.Guest
+	for _, g := range n.serves {
+		out = append(out, g)
+	}
+	return out
+}
+
+// openNamed is [reopen] with a server of names.
+func openNamed(t *testing.T, w *world, dir string, pool int) (*orchestrator.Orchestrator, *names) {
+	t.Helper()
+	n := &names{serves: map[cay.ExecutionID]egress.Guest{}}
+	o := node(w, dir, pool)
+	o.Names = n
+	if err := o.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return o, n
+}
+
+// A policy is in force from the first packet on, changes while the sandbox
+// runs, and outlives the server, the secret in it too.
+func TestEgressPolicy(t *testing.T) {
+	for _, pool := range []int{0, 1} {
+		t.Run(fmt.Sprintf("pool %d", pool), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w, dir := newWorld(), t.TempDir()
+				o, n := openNamed(t, w, dir, pool)
+				defer o.Close()
+				o.Warm("b1", config("x").Resources)
+				time.Sleep(time.Second)
+				synctest.Wait()
+				c := config("i1")
+				c.Egress = shut
+				if _, err := o.Create(t.Context(), c); err != nil {
+					t.Fatal(err)
+				}
+				is := func(want cay.Egress) {
+					t.Helper()
+					if got := w.policyOf(t, o, "i1"); !reflect.DeepEqual(got, want) {
+						t.Errorf("the network has %+v, want %+v", got, want)
+					}
+					all := n.all()
+					switch {
+					case want.Named() && (len(all) != 1 || !reflect.DeepEqual(all[0].Policy, want) || all[0].Sandbox != "i1" || all[0].Team != "t"):
+						t.Errorf("the server of names has %+v", all)
+					case !want.Named() && len(all) != 0:
+						t.Errorf("the server of names still has %+v", all)
+					}
+				}
+				is(shut)
+				for _, e := range []cay.Egress{named, proxy, {}, named, proxy} {
+					if err := o.SetEgress(t.Context(), "i1", e); err != nil {
+						t.Fatal(err)
+					}
+					is(e)
+				}
+				if err := o.Close(); err != nil {
+					t.Fatal(err)
+				}
+				w.mu.Lock()
+				clear(w.policies)
+				w.mu.Unlock()
+				o, n = openNamed(t, w, dir, pool)
+				defer o.Close()
+				is(proxy)
+				if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				if all := n.all(); len(all) != 0 {
+					t.Errorf("after the end the server of names has %+v", all)
+				}
+				if err := o.SetEgress(t.Context(), "i1", shut); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+					t.Errorf("changing an ended sandbox: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// What does not work changes nothing, and a policy that this node cannot
+// enforce starts nothing.
+func TestEgressPolicyFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, dir := newWorld(), t.TempDir()
+		o, n := openNamed(t, w, dir, 0)
+		defer o.Close()
+		c := config("i1")
+		c.Egress = shut
+		if _, err := o.Create(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+		w.setFail("policy", errors.New("no"))
+		if err := o.SetEgress(t.Context(), "i1", cay.Egress{}); err == nil {
+			t.Error("no error")
+		}
+		w.setFail("policy", nil)
+		n.fail = errors.New("no")
+		if err := o.SetEgress(t.Context(), "i1", named); err == nil {
+			t.Error("no error")
+		}
+		if got := w.policyOf(t, o, "i1"); !reflect.DeepEqual(got, shut) {
+			t.Errorf("the network has %+v", got)
+		}
+		c = config("i2")
+		c.Egress = named
+		if _, err := o.Create(t.Context(), c); err == nil {
+			t.Error("a sandbox was made without its policy")
+		}
+		o.Close()
+		o = reopen(t, w, dir, 0)
+		defer o.Close()
+		if got := w.policyOf(t, o, "i1"); !reflect.DeepEqual(got, shut) {
+			t.Errorf("after a restart the network has %+v", got)
+		}
+		c.ID = "i3"
+		if _, err := o.Create(t.Context(), c); cay.CodeOf(err) != cay.CodeNotImplemented {
+			t.Errorf("a policy with names without a server of names: %v", err)
+		}
+		if err := o.SetEgress(t.Context(), "i1", named); cay.CodeOf(err) != cay.CodeNotImplemented {
+			t.Errorf("a policy with names without a server of names: %v", err)
+		}
+	})
+}
+
+// A record of a version without policies leaves the network as it is.
+func TestEgressOldRecord(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, dir := open(t, w, 0)
+		mustCreate(t, o, "i1")
+		o.Close()
+		files, err := filepath.Glob(filepath.Join(dir, "*.json"))
+		if err != nil || len(files) != 1 {
+			t.Fatalf("%v, %v", files, err)
+		}
+		b, err := os.ReadFile(files[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		old := strings.Replace(string(b), `,"egress":{}`, "", 1)
+		if old == string(b) {
+			t.Fatalf("the record is not as expected: %s", b)
+		}
+		if err := os.WriteFile(files[0], []byte(old), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		w.mu.Lock()
+		w.policies[0] = shut
+		w.mu.Unlock()
+		o = reopen(t, w, dir, 0)
+		defer o.Close()
+		if got := w.policyOf(t, o, "i1"); !reflect.DeepEqual(got, shut) {
+			t.Errorf("the network has %+v", got)
+		}
+	})
+}
+
+// Refusals of both enforcers are in one log, which outlives the sandbox.
+func TestEgressLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, _ := openNamed(t, w, t.TempDir(), 0)
+		defer o.Close()
+		s := mustCreate(t, o, "i1")
+		slots{w}.NoteRefusal(slotOf(t, o, "i1"), cay.EgressRefusal{Protocol: "udp", Rule: "0.0.0.0/0"})
+		o.NoteRefusal(egress.Refusal{Execution: s.ExecutionID, Protocol: "tls", Name: "evil.example", Rule: "names", Reason: "because"})
+		o.NoteRefusal(egress.Refusal{Execution: "xgone", Protocol: "tls"})
+		want := []cay.EgressRefusal{{Seq: 1, Count: 1, Protocol: "udp", Rule: "0.0.0.0/0"},
+			{Seq: 2, Count: 1, Protocol: "tls", Name: "evil.example", Rule: "names", Reason: "because"}}
+		check := func() {
+			t.Helper()
+			for seq := range uint64(3) {
+				got, err := o.EgressLog(t.Context(), "i1", seq)
+				if d := cmp.Diff(want[seq:], got, cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.AddrPort{})); err != nil || d != "" {
+					t.Errorf("after %d: %v\n%s", seq, err, d)
+				}
+			}
+		}
+		check()
+		if err := o.Kill(t.Context(), "i1", cay.EndRequest); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		check()
+		if _, err := o.EgressLog(t.Context(), "i2", 0); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Errorf("of a sandbox that never was: %v", err)
+		}
+	})
+}
