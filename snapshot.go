@@ -79,6 +79,9 @@ type SaveRequest struct {
 	Memory bool
 	// Pause ends the sandbox's run once the snapshot is whole.
 	Pause bool
+	// Healthy refuses the save with CodeGuestUnresponsive unless the guest's
+	// daemon answers. A save without memory needs that in any case.
+	Healthy bool
 }
 
 // Snapshots is what the control plane needs of a machine that keeps sandboxes

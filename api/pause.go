@@ -57,8 +57,9 @@ func (l *life) busy(ctx context.Context, team cay.TeamID, id cay.SandboxID) erro
 // pause saves a running sandbox of a team (of any, if team is empty) and ends
 // its run. When it returns nil, the snapshot is whole and on record and no
 // request reaches the sandbox. After an error it runs on, or the record says
-// what is left to do. due, if set, is asked together with the move.
-func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, memory bool, due func(*store.Sandbox) error) error {
+// what is left to do. q says how; the ID of the snapshot is made here. due, if
+// set, is asked together with the move.
+func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, q cay.SaveRequest, due func(*store.Sandbox) error) error {
 	if l.snaps == nil {
 		return absent("pausing a sandbox", "let it run, or kill it")
 	}
@@ -69,7 +70,7 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, mem
 	defer l.done(o)
 	keep, stop := detached(ctx, recordTimeout)
 	defer stop()
-	snap := cay.NewSnapshotID()
+	q.Snapshot, q.Pause = cay.NewSnapshotID(), true
 	now := l.now()
 	turn := l.turn(id)
 	turn.Lock()
@@ -85,7 +86,7 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, mem
 				return err
 			}
 		}
-		s.State, s.Snapshot, s.SnapshotMemory, s.PausedAt = cay.StatePausing, snap, memory, now
+		s.State, s.Snapshot, s.SnapshotMemory, s.PausedAt = cay.StatePausing, q.Snapshot, q.Memory, now
 		return nil
 	})
 	if err == nil {
@@ -96,7 +97,7 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, mem
 		return gone(id, err)
 	}
 	// A save that began is finished, whether its caller waits or not.
-	_, err = l.snaps.Save(context.WithoutCancel(ctx), id, cay.SaveRequest{Snapshot: snap, Memory: memory, Pause: true})
+	_, err = l.snaps.Save(context.WithoutCancel(ctx), id, q)
 	switch {
 	case err == nil:
 		return l.markPaused(ctx, rec)
@@ -323,10 +324,10 @@ func (l *life) undoResume(ctx context.Context, rec store.Sandbox, why error) {
 	}
 }
 
-// snapshot makes a snapshot of a running sandbox of the team and lets it run on.
+// snapshot makes the snapshot q of a running sandbox of the team and lets it run on.
 // keep, if set, is called while the record still names the snapshot; its error
 // undoes it.
-func (l *life) snapshot(ctx context.Context, team cay.TeamID, id cay.SandboxID, snap cay.SnapshotID, memory bool,
+func (l *life) snapshot(ctx context.Context, team cay.TeamID, id cay.SandboxID, q cay.SaveRequest,
 	keep func(context.Context, store.Sandbox, cay.Snapshot) error) (store.Sandbox, error) {
 	if l.snaps == nil {
 		return store.Sandbox{}, absent("making a snapshot", "create sandboxes from templates")
@@ -345,16 +346,16 @@ func (l *life) snapshot(ctx context.Context, team cay.TeamID, id cay.SandboxID, 
 		if s.State != cay.StateRunning {
 			return errOf(s)
 		}
-		s.State, s.Snapshot, s.SnapshotMemory = cay.StateSnapshotting, snap, memory
+		s.State, s.Snapshot, s.SnapshotMemory = cay.StateSnapshotting, q.Snapshot, q.Memory
 		return nil
 	})
 	if err != nil {
 		return rec, gone(id, err)
 	}
-	m, err := l.snaps.Save(context.WithoutCancel(ctx), id, cay.SaveRequest{Snapshot: snap, Memory: memory})
+	m, err := l.snaps.Save(context.WithoutCancel(ctx), id, q)
 	if err == nil && keep != nil {
 		if err = keep(context.WithoutCancel(ctx), rec, m); err != nil {
-			l.discard(snap)
+			l.discard(q.Snapshot)
 		}
 	}
 	rec, uerr := l.endSnapshot(ctx, rec, err)

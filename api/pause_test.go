@@ -219,6 +219,39 @@ func TestFailedPauseRunsOn(t *testing.T) {
 	})
 }
 
+// What a client says of how to save reaches the node.
+func TestHowToSave(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fixture) {
+		defer f.run()()
+		id := f.create(`{"templateID":"base","timeout":100}`)
+		for _, c := range []struct {
+			path, body string
+			want       cay.SaveRequest
+		}{
+			{"/snapshots", `{}`, cay.SaveRequest{Memory: true}},
+			{"/snapshots", `{"memory":true}`, cay.SaveRequest{Memory: true}},
+			{"/snapshots", `{"memory":false}`, cay.SaveRequest{}},
+			{"/fork", ``, cay.SaveRequest{Memory: true}},
+			{"/pause", ``, cay.SaveRequest{Memory: true, Pause: true}},
+			{"/pause", `{"memory":false}`, cay.SaveRequest{Pause: true}},
+			{"/pause", `{"requireHealthyGuest":true}`, cay.SaveRequest{Memory: true, Pause: true, Healthy: true}},
+		} {
+			var got cay.SaveRequest
+			f.node.onSave = func(_ context.Context, _ cay.SandboxID, q cay.SaveRequest) error {
+				got = q
+				return &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd, Message: "the daemon in the guest does not answer"}
+			}
+			e := f.problem(f.want(503, f.request("POST", sandboxPath(id, c.path), c.body)))
+			if got.Snapshot = ""; got != c.want || *e.ErrorCode != string(cay.CodeGuestUnresponsive) {
+				t.Errorf("POST %s %s: the node was asked for %+v, want %+v; code %s", c.path, c.body, got, c.want, *e.ErrorCode)
+			}
+		}
+		if s := f.record(id).State; s != cay.StateRunning {
+			t.Errorf("after all that failed the sandbox is %s", s)
+		}
+	})
+}
+
 func TestGuestDiesWhilePausing(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fixture) {
 		defer f.run()()

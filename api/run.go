@@ -219,7 +219,7 @@ var errPauseDue = errors.New("the sandbox is to be paused")
 // expirePaused pauses a sandbox whose deadline has passed, as its creator asked.
 func (l *life) expirePaused(ctx context.Context, id cay.SandboxID, memory bool) error {
 	var deadline time.Time
-	err := l.pause(ctx, "", id, memory, func(s *store.Sandbox) error {
+	err := l.pause(ctx, "", id, cay.SaveRequest{Memory: memory}, func(s *store.Sandbox) error {
 		if deadline = s.Deadline; deadline.After(l.now()) {
 			return errNotDue
 		}

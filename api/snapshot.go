@@ -19,8 +19,12 @@ func (s sandboxHandlers) PauseSandbox(ctx context.Context, r gen.PauseSandboxReq
 	if err != nil {
 		return nil, err
 	}
-	memory := r.Body == nil || r.Body.Memory == nil || *r.Body.Memory
-	if err := s.life.pause(ctx, callerOf(ctx).team.ID, id, memory, nil); err != nil {
+	q := cay.SaveRequest{Memory: true}
+	if r.Body != nil {
+		q.Memory = r.Body.Memory == nil || *r.Body.Memory
+		q.Healthy = r.Body.RequireHealthyGuest != nil && *r.Body.RequireHealthyGuest
+	}
+	if err := s.life.pause(ctx, callerOf(ctx).team.ID, id, q, nil); err != nil {
 		return nil, err
 	}
 	return gen.PauseSandbox204Response{}, nil
@@ -169,7 +173,8 @@ func (s sandboxHandlers) CreateSnapshot(ctx context.Context, r gen.CreateSnapsho
 		}
 	}
 	snap := store.Snapshot{ID: cay.NewSnapshotID(), Team: team.ID, Name: name, Tag: tag}
-	_, err = s.snapshotWhenFree(ctx, team.ID, id, snap.ID, func(ctx context.Context, rec store.Sandbox, m cay.Snapshot) error {
+	q := cay.SaveRequest{Snapshot: snap.ID, Memory: r.Body.Memory == nil || *r.Body.Memory}
+	_, err = s.snapshotWhenFree(ctx, team.ID, id, q, func(ctx context.Context, rec store.Sandbox, m cay.Snapshot) error {
 		snap.Sandbox, snap.Template, snap.Alias, snap.Build = rec.ID, rec.Template, rec.Alias, rec.Build
 		snap.Resources, snap.EnvdVersion, snap.Memory = rec.Resources, rec.EnvdVersion, len(m.Memory) > 0
 		if m.EnvdVersion != "" {
@@ -197,12 +202,12 @@ func (s sandboxHandlers) taken(ctx context.Context, team cay.Team, name string) 
 
 // snapshotWhenFree makes a snapshot as soon as nothing else is done with the
 // sandbox.
-func (s sandboxHandlers) snapshotWhenFree(ctx context.Context, team cay.TeamID, id cay.SandboxID, snap cay.SnapshotID,
+func (s sandboxHandlers) snapshotWhenFree(ctx context.Context, team cay.TeamID, id cay.SandboxID, q cay.SaveRequest,
 	keep func(context.Context, store.Sandbox, cay.Snapshot) error) (store.Sandbox, error) {
 	wait, stop := context.WithTimeout(ctx, patience)
 	defer stop()
 	for {
-		rec, err := s.life.snapshot(ctx, team, id, snap, true, keep)
+		rec, err := s.life.snapshot(ctx, team, id, q, keep)
 		free := !errors.Is(err, errBusy) && !errors.Is(err, &cay.Error{Code: cay.CodeSandboxTransition})
 		if free {
 			return rec, err
@@ -311,7 +316,7 @@ func (s sandboxHandlers) ForkSandbox(ctx context.Context, r gen.ForkSandboxReque
 	}
 	snap := cay.NewSnapshotID()
 	defer s.life.pin(snap)()
-	src, err := s.snapshotWhenFree(ctx, team.ID, id, snap, nil)
+	src, err := s.snapshotWhenFree(ctx, team.ID, id, cay.SaveRequest{Snapshot: snap, Memory: true}, nil)
 	if err != nil {
 		return nil, err
 	}

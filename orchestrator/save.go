@@ -70,6 +70,9 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 // time.
 const saveTimeout = 10 * time.Minute
 
+// healthTimeout is how long a guest that shall be healthy may take to answer.
+const healthTimeout = 5 * time.Second
+
 // thawPatience bounds the pauses between tries to thaw a guest.
 const thawPatience = 3 * time.Second
 
@@ -85,11 +88,20 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m
 	o.mu.Lock()
 	addr, rec := g.addr(), g.rec
 	o.mu.Unlock()
+	if q.Healthy {
+		ask, stop := context.WithTimeout(ctx, healthTimeout)
+		_, err := o.Guest.Identity(ask, addr)
+		stop()
+		if err != nil {
+			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
+				Message: "the daemon in the guest does not answer: " + err.Error(), Fix: "try again, or save the guest as it is", Err: err}
+		}
+	}
 	if !q.Memory {
 		// Without its memory the guest will come back as after a power cut, so
 		// its file systems are told to write everything first.
 		if err := o.Guest.Sync(ctx, addr); err != nil {
-			return m, 0, &cay.Error{Code: cay.CodeEnvdUnreachable, Layer: cay.LayerEnvd,
+			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the guest could not write back its files before the snapshot: " + err.Error(), Fix: "try again", Err: err}
 		}
 	}

@@ -135,7 +135,7 @@ func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
 
 // A save that fails at any step leaves a running sandbox and no snapshot.
 func TestFailedSave(t *testing.T) {
-	for _, step := range []string{"freeze", "checkpoint", "save", "sync"} {
+	for _, step := range []string{"freeze", "checkpoint", "save", "sync", "identity"} {
 		for _, pause := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld()
@@ -144,9 +144,13 @@ func TestFailedSave(t *testing.T) {
 				s := mustCreate(t, o, "i1")
 				broken := errors.New(step + " is broken")
 				w.setFail(step, broken)
-				q := cay.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: step != "sync", Pause: pause}
-				if _, err := o.Save(t.Context(), "i1", q); !errors.Is(err, broken) {
+				q := cay.SaveRequest{Snapshot: cay.NewSnapshotID(), Memory: step != "sync", Pause: pause, Healthy: step == "identity"}
+				_, err := o.Save(t.Context(), "i1", q)
+				if !errors.Is(err, broken) {
 					t.Fatalf("%s: %v", step, err)
+				}
+				if unresponsive := step == "sync" || step == "identity"; (cay.CodeOf(err) == cay.CodeGuestUnresponsive) != unresponsive {
+					t.Errorf("%s: code %s", step, cay.CodeOf(err))
 				}
 				w.setFail(step, nil)
 				wantSnapshots(t, o, w)

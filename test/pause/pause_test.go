@@ -14,8 +14,8 @@ func TestMain(m *testing.M) { program.Main(m, sdk.Install) }
 
 // scenarios are those that each client goes through, in order.
 var scenarios = []string{
-	"guests", "pause", "everything goes on", "ten pauses", "without memory",
-	"snapshots", "forks", "pause at the end", "kill a paused one",
+	"guests", "pause", "everything goes on", "ten pauses", "by ID alone", "without memory",
+	"snapshots", "forks", "pause at the end", "traffic wakes it", "kill a paused one",
 }
 
 // Guests with a large array, an open port, a terminal, a database and a counter
