@@ -23,6 +23,9 @@ import (
 const (
 	InitPath = "/usr/bin/cay-init"
 	EnvdPath = "/usr/bin/envd"
+	// EnvdSumPath has the digest of the daemon's binary, so that the daemon
+	// need not read all of itself to say what it is.
+	EnvdSumPath = EnvdPath + ".sha256"
 )
 
 // Agent is what Cay puts into every guest.
@@ -63,14 +66,16 @@ func makeAgentLayer(ctx context.Context, a Agent, dir, file string) error {
 		return buildError("write the agent", err, nil)
 	}
 	h := sha256.New()
+	sum := fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(a.Envd), filepath.Base(EnvdPath))
 	for _, f := range []struct {
 		path string
 		b    []byte
-	}{{InitPath, a.Init}, {EnvdPath, a.Envd}} {
+		mode fs.FileMode
+	}{{InitPath, a.Init, 0o755}, {EnvdPath, a.Envd, 0o755}, {EnvdSumPath, sum, 0o644}} {
 		p := filepath.Join(tree, f.path)
-		err := os.WriteFile(p, f.b, 0o755)
+		err := os.WriteFile(p, f.b, f.mode)
 		if err == nil {
-			err = os.Chmod(p, 0o755) // whatever the umask
+			err = os.Chmod(p, f.mode) // whatever the umask
 		}
 		if err != nil {
 			return buildError("write the agent", err, nil)

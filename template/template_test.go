@@ -217,6 +217,26 @@ func TestAgentLayerIsDeterministic(t *testing.T) {
 	}
 }
 
+// TestAgentSaysItsDigest: beside the daemon, in the words of sha256sum(1), is
+// what the manifest has of it.
+func TestAgentSaysItsDigest(t *testing.T) {
+	needErofs(t)
+	a := Agent{Init: elf("i"), Envd: elf("e")}
+	dir := t.TempDir()
+	if err := makeAgentLayer(t.Context(), a, dir, filepath.Join(dir, "agent.erofs")); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sha256sum", "-c", filepath.Base(EnvdSumPath))
+	cmd.Dir = filepath.Join(dir, "agent", filepath.Dir(EnvdSumPath))
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "envd: OK\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	text, err := os.ReadFile(filepath.Join(cmd.Dir, cmd.Args[2]))
+	if err != nil || "sha256:"+string(text[:64]) != string(DigestBytes(a.Envd)) {
+		t.Errorf("%q, %v; the manifest says %s", text, err, DigestBytes(a.Envd))
+	}
+}
+
 func TestLoadErrors(t *testing.T) {
 	needErofs(t)
 	for _, c := range []struct {

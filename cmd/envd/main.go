@@ -1,5 +1,11 @@
 // Command envd is the daemon inside every sandbox; package envd says what it
 // does. PID 1, cmd/init, starts it and starts it again when it ends.
+//
+// A guest's number of processors says what it may use, and never changes: its
+// cgroups need not be asked at the start and every second after it.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
 package main
 
 import (
@@ -49,6 +55,8 @@ func main() {
 // options is the command line.
 type options struct {
 	public, control string
+	publicFD        int
+	controlFD       int
 	tokenFD         int
 	stateFD         int
 	cgroup          string
@@ -65,6 +73,8 @@ func parse(args []string, out io.Writer) (options, error) {
 	fs.Usage = func() { fmt.Fprint(out, usage); fs.PrintDefaults() }
 	fs.StringVar(&o.public, "public", fmt.Sprintf("0.0.0.0:%d", envd.Port), "`address` that clients reach through the proxy")
 	fs.StringVar(&o.control, "control", fmt.Sprintf("0.0.0.0:%d", envd.ControlPort), "`address` that the node configures the sandbox by")
+	fs.IntVar(&o.publicFD, "public-fd", -1, "`descriptor` of a listener that outlives this process, in place of -public")
+	fs.IntVar(&o.controlFD, "control-fd", -1, "`descriptor` of a listener that outlives this process, in place of -control")
 	fs.IntVar(&o.tokenFD, "token-fd", -1, "`descriptor` to read the control token from; without one, nobody can use the control address")
 	fs.IntVar(&o.stateFD, "state-fd", -1, "`descriptor` of a file that outlives this process and keeps its configuration for the next")
 	fs.StringVar(&o.cgroup, "cgroup", "", "cgroup v2 `directory` that users' processes are put into")
@@ -128,6 +138,20 @@ func run(ctx context.Context, args []string, out, errw io.Writer) int {
 	return 0
 }
 
+// listen takes a listener over, or opens one at addr if fd is negative.
+func listen(ctx context.Context, fd int, addr string) (net.Listener, error) {
+	if fd < 0 {
+		var lc net.ListenConfig
+		return lc.Listen(ctx, "tcp", addr)
+	}
+	f := os.NewFile(uintptr(fd), "listener")
+	if f == nil {
+		return nil, fmt.Errorf("descriptor %d is not valid", fd)
+	}
+	defer f.Close() // the listener has a copy, which no child gets
+	return net.FileListener(f)
+}
+
 func serve(ctx context.Context, o options, errw io.Writer) error {
 	token, err := readToken(o.tokenFD)
 	if err != nil {
@@ -141,12 +165,11 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 		defer state.Close()
 		syscall.CloseOnExec(o.stateFD) // no child may have it
 	}
-	var lc net.ListenConfig
-	public, err := lc.Listen(ctx, "tcp", o.public)
+	public, err := listen(ctx, o.publicFD, o.public)
 	if err != nil {
 		return fmt.Errorf("opening the public port: %w", err)
 	}
-	control, err := lc.Listen(ctx, "tcp", o.control)
+	control, err := listen(ctx, o.controlFD, o.control)
 	if err != nil {
 		public.Close()
 		return fmt.Errorf("opening the control port: %w", err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -107,6 +108,52 @@ func TestServe(t *testing.T) {
 	cancel()
 	if got := <-status; got != 0 {
 		t.Errorf("status %d: %s", got, errw.String())
+	}
+}
+
+// TestListenTakesOver: a listener of another process is served, and stays open
+// when the daemon ends.
+func TestListenTakesOver(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	fd, err := syscall.Dup(int(f.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	early, err := net.Dial("tcp", l.Addr().String()) // nobody serves yet
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer early.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	status := make(chan int, 1)
+	go func() {
+		status <- run(ctx, []string{"-public-fd", fmt.Sprint(fd), "-control", "127.0.0.1:0"}, io.Discard, io.Discard)
+	}()
+	io.WriteString(early, "GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+	resp, err := http.ReadResponse(bufio.NewReader(early), nil)
+	if err != nil || resp.StatusCode != http.StatusNoContent {
+		t.Errorf("%v, %v", resp, err)
+	}
+	cancel()
+	if got := <-status; got != 0 {
+		t.Errorf("status %d", got)
+	}
+	late, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatalf("the port closed with the daemon: %v", err)
+	}
+	late.Close()
+	if _, err := listen(t.Context(), 999, ""); err == nil {
+		t.Error("a descriptor that is not open is a listener")
 	}
 }
 

@@ -36,8 +36,11 @@ type keeper struct {
 	env   []string
 	token string
 	state *os.File // keeps envd's configuration; nil: nothing does
-	now   func() time.Time
-	sleep func(time.Duration)
+	// listeners are envd's open ports; an envd that is started again finds the
+	// connections that were made meanwhile.
+	listeners []listener
+	now       func() time.Time
+	sleep     func(time.Duration)
 
 	pause time.Duration
 	ends  int
@@ -91,6 +94,10 @@ func (k *keeper) start() (int, error) {
 	if k.state != nil {
 		args = append(args, fmt.Sprintf("-state-fd=%d", len(files)))
 		files = append(files, k.state.Fd())
+	}
+	for _, l := range k.listeners {
+		args = append(args, fmt.Sprintf("-%s-fd=%d", l.name, len(files)))
+		files = append(files, uintptr(l.fd))
 	}
 	// Not os.StartProcess: it waits for children of its own, which reaping
 	// would take away.

@@ -1,6 +1,12 @@
 // Command init is PID 1 of every sandbox. It prepares what the kernel left to
 // do, starts envd and starts it again when it ends, and reaps the processes
 // that lost their parent. It never ends: its end would be the sandbox's.
+//
+// A guest's number of processors says what it may use, and never changes: its
+// cgroups need not be asked at the start and every second after it.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
 package main
 
 import (
@@ -54,6 +60,12 @@ func main() {
 		*envd = abs
 	}
 	debug.SetGCPercent(20)
+	// Before the rest: whoever asks envd from now on waits for its answer,
+	// rather than being refused and asking again.
+	listeners, err := openPorts(envdPorts)
+	if err != nil {
+		say("envd opens its ports itself: %v", err)
+	}
 	// A signal to PID 1 has no effect inside a sandbox, whatever it is: the
 	// sandbox is ended from outside. Handlers, unlike ignoring, are not
 	// inherited by children.
@@ -86,7 +98,7 @@ func main() {
 	if path == "" {
 		path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
-	k := keeper{path: *envd, args: args, env: []string{"PATH=" + path}, token: token, now: time.Now, sleep: time.Sleep}
+	k := keeper{path: *envd, args: args, env: []string{"PATH=" + path}, token: token, listeners: listeners, now: time.Now, sleep: time.Sleep}
 	if fd, err := unix.MemfdCreate("envd", unix.MFD_CLOEXEC); err != nil {
 		say("an envd that is started again will have lost its configuration: %v", err)
 	} else {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -79,7 +80,7 @@ func boot(t *testing.T, script string) (*console, int) {
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "CAY_CONTROL_TOKEN=very-secret", "CAY_BUILD=b1", "CAY_INSTANCE=i1", "CAY_PIDS=7"}
 	cmd.Stdout, cmd.Stderr = c, c
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL,
+		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL,
 	}
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
@@ -118,18 +119,18 @@ case $n in
    setsid sleep 1000 > /dev/null 2>&1 < /dev/null & echo "user $!"; exit 3;;
 1) kill -9 $$;;
 2) kill -SEGV $$;;
-*) echo "life $n"; echo "state $(cat /proc/self/fd/4)"; ps -eo pid=,ppid=,stat=,comm= | sed 's/^/ps /'; echo listed; exec sleep 1000;;
+*) echo "life $n"; echo "state $(cat /proc/self/fd/4)"; awk '{print $2}' /proc/net/tcp; ps -eo pid=,ppid=,stat=,comm= | sed 's/^/ps /'; echo listed; exec sleep 1000;;
 esac
 `)
 	c.until(t, "listed")
 	text := c.String()
 	for _, want := range []string{
-		"args -system -build=b1 -instance=i1 -token-fd=3 -state-fd=4\n",
+		"args -system -build=b1 -instance=i1 -token-fd=3 -state-fd=4 -public-fd=5 -control-fd=6\n",
 		"token very-secret\n",
 		"cay-init: envd ended: exit status 3 after ", "; starting it again in 50ms (end 1); processes of users go on\n",
 		"cay-init: envd ended: signal: killed (by the kernel for lack of memory, or by root) after ", "in 100ms (end 2)",
 		"cay-init: envd ended: signal: segmentation fault", "in 200ms (end 3)",
-		"life 3\n", "state remembered\n",
+		"life 3\n", "state remembered\n", "00000000:C33F\n", "00000000:C33E\n", // 49983 and 49982
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the console does not say %q", want)
@@ -224,6 +225,31 @@ func TestMissingEnvd(t *testing.T) {
 	k := keeper{path: "/no/such/envd", args: []string{"/no/such/envd"}, token: "x", now: time.Now, sleep: func(time.Duration) {}}
 	if _, err := k.start(); err == nil || !strings.Contains(err.Error(), "executing /no/such/envd: no such file") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestOpenPorts: all or none, and nobody else has them then.
+func TestOpenPorts(t *testing.T) {
+	ls, err := openPorts([]port{{"a", 0}, {"b", 0}})
+	if err != nil || len(ls) != 2 || ls[1].name != "b" {
+		t.Fatalf("%v, %v", ls, err)
+	}
+	taken := 0
+	for _, l := range ls {
+		defer unix.Close(l.fd)
+		sa, err := unix.Getsockname(l.fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		taken = sa.(*unix.SockaddrInet4).Port
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", taken))
+		if err != nil {
+			t.Fatalf("nobody listens: %v", err)
+		}
+		conn.Close()
+	}
+	if ls, err := openPorts([]port{{"a", 0}, {"b", taken}}); err == nil || len(ls) > 0 || !strings.Contains(err.Error(), "taking the b port") {
+		t.Errorf("a taken port: %v, %v", ls, err)
 	}
 }
 
