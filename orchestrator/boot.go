@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	goruntime "runtime"
 	"slices"
@@ -31,7 +32,7 @@ type boot struct {
 	manifest cay.Manifest
 	layers   []disk.Layer
 	res      cay.Resources
-	confined confined
+	allow    bool // the slot reaches the internet
 	from     *origin
 }
 
@@ -95,7 +96,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	g := &guest{exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
+	g := &guest{allow: b.allow, exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
 		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
 		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}
@@ -136,16 +137,12 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	var eg errgroup.Group
 	eg.Go(func() (err error) {
 		began := o.now()
-		slot, err = o.Slots.Acquire(ctx, b.confined.egress)
+		slot, err = o.Slots.Acquire(ctx, network.Policy{AllowInternet: b.allow})
 		o.step(g, "network", cay.LayerNetwork, began, err)
 		if err == nil {
 			o.mu.Lock()
 			g.rec.Slot, g.rec.Addr, g.rec.NetNS = slot.Index, slot.Addr.String(), slot.NetNS
-			g.rec.setEgress(b.confined.egress)
 			o.mu.Unlock()
-			g.net.Lock()
-			err = o.attach(ctx, g, b.confined)
-			g.net.Unlock()
 		}
 		return err
 	})
@@ -193,6 +190,7 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 			"CAY_BUILD=" + string(rec.Build),
 			"CAY_INSTANCE=" + string(rec.Execution),
 			"CAY_PIDS=" + strconv.Itoa(guestPIDs),
+			"GOMAXPROCS=1", // of PID 1 alone, which then needs fewer threads
 		},
 		Hostname: "sandbox",
 		Limits:   runtime.Limits{CPUs: b.res.CPUs, MemoryBytes: int64(b.res.MemoryMB) << 20, PIDs: guestPIDs},
@@ -274,21 +272,29 @@ type stage string
 const (
 	stageLink stage = "the guest's address does not answer" // no route, no ARP, no TCP
 	stageTCP  stage = "the guest's network is up but envd does not listen yet"
-	stageHTTP stage = "envd accepts connections but does not answer correctly"
+	stageHTTP stage = "the guest accepts connections but envd does not answer correctly"
 )
 
-// ready polls the guest's control port until it says who it is.
+// Pauses between two questions to a booting guest: short while most guests open
+// their port, a question costing one SYN only; longer later.
+const (
+	firstPauses = 30
+	firstPause  = time.Millisecond
+	lastPause   = 25 * time.Millisecond
+)
+
+// ready asks the guest's control port who it is until it says so.
 //
-// The pauses start at a millisecond, because most guests answer within 50 ms of
-// their start and every poll costs one SYN only.
+// PID 1 opens that port before it starts envd, so that the question that gets
+// through waits there for envd's answer.
 func (o *Orchestrator) ready(ctx context.Context, g *guest, want GuestIdentity) error {
 	o.mu.Lock()
 	addr := g.addr()
 	o.mu.Unlock()
 	at := stageLink
 	var last error
-	pause := time.Millisecond
-	for {
+	pause := firstPause
+	for n := 0; ; n++ {
 		try, cancel := context.WithTimeout(ctx, time.Second)
 		id, err := o.Guest.Identity(try, addr)
 		cancel()
@@ -297,7 +303,7 @@ func (o *Orchestrator) ready(ctx context.Context, g *guest, want GuestIdentity) 
 			return o.checkIdentity(g, id, want)
 		case errors.Is(err, errNotListening):
 			at = stageTCP
-		case !isTimeout(err):
+		case !isTimeout(err), !inDial(err):
 			at = stageHTTP
 		}
 		last = err
@@ -307,9 +313,17 @@ func (o *Orchestrator) ready(ctx context.Context, g *guest, want GuestIdentity) 
 		case <-ctx.Done():
 			return o.notReady(ctx, g, at, last)
 		case <-time.After(pause):
-			pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond)
+			if n >= firstPauses {
+				pause = min(pause+pause/4+time.Millisecond/2, lastPause)
+			}
 		}
 	}
+}
+
+// inDial reports whether a connection was not even made.
+func inDial(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "dial"
 }
 
 func isTimeout(err error) bool {
