@@ -105,7 +105,7 @@ const guestPIDs = 2048
 func (y *yard) measure(ctx context.Context, b book) (err error) {
 	y.count++
 	id := "bare" + strconv.Itoa(y.count)
-	slot, err := y.nets.Acquire(ctx, network.Policy{AllowInternet: true})
+	slot, err := y.nets.Acquire(ctx, cay.Egress{})
 	if err != nil {
 		return err
 	}
@@ -118,7 +118,7 @@ func (y *yard) measure(ctx context.Context, b book) (err error) {
 	bare, err := gvisor.NewBare(y.engine(), runtime.Spec{
 		ID: runtime.InstanceID(id), RootFS: root.Path, NetNS: slot.NetNS, Args: []string{y.manifest.Init},
 		Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CAY_CONTROL_TOKEN=bench",
-			"CAY_BUILD=" + string(y.manifest.Build), "CAY_INSTANCE=" + id, "CAY_PIDS=" + strconv.Itoa(guestPIDs), "GOMAXPROCS=1"},
+			"CAY_BUILD=" + string(y.manifest.Build), "CAY_INSTANCE=" + id, "CAY_PIDS=" + strconv.Itoa(guestPIDs)},
 		Hostname: "sandbox",
 		Limits:   runtime.Limits{CPUs: y.manifest.Resources.CPUs, MemoryBytes: int64(y.manifest.Resources.MemoryMB) << 20, PIDs: guestPIDs},
 	})
@@ -260,8 +260,7 @@ func answers(ctx context.Context, at netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}}
-	pause := time.Millisecond
-	for n := 0; ; n++ {
+	for pause := time.Millisecond; ; pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+at.String()+"/health", nil)
 		if err != nil {
 			return err
@@ -278,9 +277,6 @@ func answers(ctx context.Context, at netip.AddrPort) error {
 		case <-ctx.Done():
 			return fmt.Errorf("envd at %s does not answer: %w", at, err)
 		case <-time.After(pause):
-			if n >= 30 {
-				pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond)
-			}
 		}
 	}
 }

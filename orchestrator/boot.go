@@ -32,7 +32,7 @@ type boot struct {
 	manifest cay.Manifest
 	layers   []disk.Layer
 	res      cay.Resources
-	allow    bool // the slot reaches the internet
+	confined confined
 	from     *origin
 }
 
@@ -96,7 +96,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	g := &guest{allow: b.allow, exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
+	g := &guest{exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
 		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
 		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}
@@ -137,12 +137,16 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	var eg errgroup.Group
 	eg.Go(func() (err error) {
 		began := o.now()
-		slot, err = o.Slots.Acquire(ctx, network.Policy{AllowInternet: b.allow})
+		slot, err = o.Slots.Acquire(ctx, b.confined.egress)
 		o.step(g, "network", cay.LayerNetwork, began, err)
 		if err == nil {
 			o.mu.Lock()
 			g.rec.Slot, g.rec.Addr, g.rec.NetNS = slot.Index, slot.Addr.String(), slot.NetNS
+			g.rec.setEgress(b.confined.egress)
 			o.mu.Unlock()
+			g.net.Lock()
+			err = o.attach(ctx, g, b.confined)
+			g.net.Unlock()
 		}
 		return err
 	})
