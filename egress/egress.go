@@ -9,9 +9,12 @@ package egress
 import (
 	"context"
 	"crypto/x509"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -36,8 +39,6 @@ type Server struct {
 	// PermitProxy are addresses that a SOCKS5 proxy may have although Refused
 	// has them.
 	PermitProxy []netip.Prefix
-	// Report is told of every refusal. It must not block. Nil ignores.
-	Report func(Refusal)
 	// Roots verify destinations whose requests are changed; nil is the
 	// system's.
 	Roots *x509.CertPool
@@ -46,6 +47,153 @@ type Server struct {
 
 	Now func() time.Time // nil is time.Now
 	Log *slog.Logger     // nil discards
+
+	resolver resolver
+
+	mu        sync.Mutex
+	open      bool
+	guests    map[cay.ExecutionID]*guest
+	authority *authority
+}
+
+// Open makes the server ready for guests. It starts nothing.
+func (s *Server) Open(context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.Refused == nil {
+		return &cay.Error{Code: cay.CodeConfigInvalid, Layer: cay.LayerNetwork,
+			Message: "egress by name does not know which addresses are always refused", Fix: "set Refused"}
+	}
+	s.resolver = resolver{servers: s.Resolvers}
+	if s.guests == nil {
+		s.guests = map[cay.ExecutionID]*guest{}
+	}
+	s.open = true
+	return nil
+}
+
+// Close ends every guest's connections and waits for them. The server may be
+// opened again.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.open = false
+	all := s.guests
+	s.guests = nil
+	s.mu.Unlock()
+	var wg sync.WaitGroup
+	errs := make(chan error, len(all))
+	for _, g := range all {
+		wg.Go(func() { errs <- g.close() })
+	}
+	wg.Wait()
+	close(errs)
+	var err error
+	for e := range errs {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+// Attach begins to serve a guest. On an error its listeners are closed.
+func (s *Server) Attach(in Guest) error {
+	refuse := func(err error) error {
+		return errors.Join(err, in.TCP.Close(), in.DNS.Close(), in.DNSTCP.Close())
+	}
+	p, err := compile(in.Policy)
+	if err != nil {
+		return refuse(err)
+	}
+	if len(in.Policy.Rules) > 0 {
+		if _, err := s.authorityOf(); err != nil {
+			return refuse(err)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.open:
+		return refuse(&cay.Error{Code: cay.CodeShuttingDown, Layer: cay.LayerNetwork,
+			Message: "egress by name is not open", Fix: "try again when the server is up"})
+	case s.guests[in.Execution] != nil:
+		return refuse(&cay.Error{Code: cay.CodeConflict, Layer: cay.LayerNetwork,
+			Message: fmt.Sprintf("the connections of sandbox %s are decided by name already", in.Sandbox), Fix: "update its policy instead"})
+	}
+	g := newGuest(s, in, p)
+	s.guests[in.Execution] = g
+	g.start()
+	return nil
+}
+
+// Update puts a policy in force. Open connections that it refuses are reset.
+// On an error the old one stays.
+func (s *Server) Update(id cay.ExecutionID, e cay.Egress) error {
+	p, err := compile(e)
+	if err != nil {
+		return err
+	}
+	if len(e.Rules) > 0 {
+		if _, err := s.authorityOf(); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	g := s.guests[id]
+	s.mu.Unlock()
+	if g == nil {
+		return errNotAttached
+	}
+	g.update(p)
+	return nil
+}
+
+// Detach ends a guest's connections and waits for them. Nobody attached is no
+// error.
+func (s *Server) Detach(id cay.ExecutionID) error {
+	s.mu.Lock()
+	g := s.guests[id]
+	delete(s.guests, id)
+	s.mu.Unlock()
+	if g == nil {
+		return nil
+	}
+	return g.close()
+}
+
+// Bundle returns, in PEM, the certificate of the authority that a guest whose
+// policy has rules must trust.
+func (s *Server) Bundle() (string, error) {
+	a, err := s.authorityOf()
+	if err != nil {
+		return "", err
+	}
+	return a.bundle(), nil
+}
+
+func (s *Server) authorityOf() (*authority, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.authority == nil {
+		a, err := openAuthority(s.Dir, s.now)
+		if err != nil {
+			return nil, err
+		}
+		s.authority = a
+	}
+	return s.authority, nil
+}
+
+func (s *Server) now() time.Time {
+	if s.Now == nil {
+		return time.Now()
+	}
+	return s.Now()
+}
+
+func (s *Server) log() *slog.Logger {
+	if s.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return s.Log
 }
 
 // Limits are per guest.
@@ -76,17 +224,7 @@ type Guest struct {
 	// Dial opens a connection outwards; nil dials from the namespace of the
 	// process. It gets addresses only, which Refused has been asked about.
 	Dial func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
-}
-
-// Refusal is a connection or a query that was not let out.
-type Refusal struct {
-	At          time.Time
-	Execution   cay.ExecutionID
-	Sandbox     cay.SandboxID
-	Team        cay.TeamID
-	Protocol    string         // "tcp", "tls", "http" or "dns"
-	Destination netip.AddrPort // invalid for "dns"
-	Name        string         // that the guest said; may be empty
-	Rule        string         // the entry of the policy, or "always refused", "limit", "names"
-	Reason      string         // a clause for people
+	// Report is told of every refusal; of those over a limit, once a second.
+	// It must not block. Nil ignores.
+	Report func(cay.EgressRefusal)
 }
