@@ -6,6 +6,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/store"
 )
 
@@ -43,6 +45,12 @@ type Server struct {
 	Now func() time.Time
 	// Log may be nil.
 	Log *slog.Logger
+	// ReconcileEvery is how often record and node are compared; 0 is 30 s.
+	// QuarantineFor is how long a snapshot is seen without an owner before it
+	// is deleted; 0 is ten minutes.
+	ReconcileEvery, QuarantineFor time.Duration
+	// Fault is called at the points of package killpoint; nil in production.
+	Fault killpoint.Hook
 
 	once     sync.Once
 	life     *life
@@ -90,6 +98,9 @@ func (s *Server) init() {
 		s.touches = make(chan touch, 64)
 		s.life = newLife(s.Store, s.Node, s.Now, s.Log)
 		s.life.snaps, s.life.config, s.life.onTimeout = s.Snapshots, s.config, s.onTimeout
+		s.life.fault = s.Fault
+		s.life.reconcileEvery = cmp.Or(s.ReconcileEvery, reconcileEvery)
+		s.life.quarantineFor = cmp.Or(s.QuarantineFor, quarantineFor)
 	})
 }
 

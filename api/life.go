@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/store"
 )
 
@@ -33,6 +34,9 @@ type life struct {
 	// onTimeout says whether a sandbox is paused at its deadline, and whether
 	// with its memory.
 	onTimeout func(store.Sandbox) (pause, memory bool)
+	fault     killpoint.Hook
+
+	reconcileEvery, quarantineFor time.Duration
 
 	// turns keep the deadlines of one sandbox in the same order in the store,
 	// in the schedule and on the node.
@@ -125,13 +129,17 @@ func (l *life) create(ctx context.Context, team cay.Team, rec store.Sandbox, cfg
 	rec.StartedAt = rec.CreatedAt
 	l.limit(&rec, team, timeout)
 	cfg.Deadline = rec.Deadline
+	l.fault.Pass(killpoint.Create, "api.row.before")
 	if err := l.store.AddSandbox(keep, rec, team.Limits.ConcurrentSandboxes); err != nil {
 		return rec, err
 	}
+	l.fault.Pass(killpoint.Create, "api.row.after")
 	made, err := l.node.Create(run, cfg)
 	created := err == nil
 	if err == nil {
+		l.fault.Pass(killpoint.Create, "api.outcome.before")
 		rec, err = l.markRunning(ctx, team, rec, made, timeout)
+		l.fault.Pass(killpoint.Create, "api.outcome.after")
 	}
 	if err == nil && run.Err() != nil {
 		err = context.Cause(run)
@@ -199,6 +207,8 @@ func (l *life) rollBack(ctx, run context.Context, id cay.SandboxID, created bool
 	}
 	ctx, stop := detached(ctx, killTimeout)
 	defer stop()
+	l.fault.Pass(killpoint.Create, "undo.api.before")
+	defer l.fault.Pass(killpoint.Create, "undo.api.after")
 	if created {
 		if kerr := l.killOnNode(ctx, id, cay.EndStartFailed); kerr != nil {
 			l.log.Error("removing a sandbox that could not be made; trying again", "sandbox", id, "error", kerr)
@@ -248,6 +258,7 @@ func (l *life) kill(ctx context.Context, team cay.TeamID, id cay.SandboxID, reas
 	ctx, stop := detached(ctx, killTimeout)
 	defer stop()
 	now := l.now()
+	l.fault.Pass(killpoint.Kill, "api.intent.before")
 	rec, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded || team != "" && s.Team != team {
 			return errOver
@@ -255,6 +266,7 @@ func (l *life) kill(ctx context.Context, team cay.TeamID, id cay.SandboxID, reas
 		setEnd(s, cay.StateKilling, reason, message, now)
 		return nil
 	})
+	l.fault.Pass(killpoint.Kill, "api.intent.after")
 	if errors.Is(err, errOver) || cay.CodeOf(err) == cay.CodeSandboxNotFound {
 		return errNoSandbox(id)
 	}
@@ -287,10 +299,13 @@ func (l *life) finish(ctx context.Context, id cay.SandboxID, reason cay.EndReaso
 			return err
 		}
 	}
+	l.fault.Pass(killpoint.Kill, "api.own.before")
 	if err := l.dropOwn(ctx, id); err != nil {
 		return err
 	}
+	l.fault.Pass(killpoint.Kill, "api.own.after")
 	now := l.now()
+	l.fault.Pass(killpoint.Kill, "api.outcome.before")
 	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded {
 			return errNotMoved // the node's own report was faster
@@ -298,6 +313,7 @@ func (l *life) finish(ctx context.Context, id cay.SandboxID, reason cay.EndReaso
 		setEnd(s, cay.StateEnded, reason, "", now)
 		return nil
 	})
+	l.fault.Pass(killpoint.Kill, "api.outcome.after")
 	if err != nil && !errors.Is(err, errNotMoved) && cay.CodeOf(err) != cay.CodeSandboxNotFound {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/store"
 )
 
@@ -74,6 +75,7 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, q c
 	now := l.now()
 	turn := l.turn(id)
 	turn.Lock()
+	l.fault.Pass(killpoint.Pause, "api.intent.before")
 	rec, err := l.update(keep, id, func(s *store.Sandbox) error {
 		if team != "" && s.Team != team {
 			return errOver
@@ -93,6 +95,7 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, q c
 		l.unplan(id)
 	}
 	turn.Unlock()
+	l.fault.Pass(killpoint.Pause, "api.intent.after")
 	if err != nil {
 		return gone(id, err)
 	}
@@ -100,11 +103,16 @@ func (l *life) pause(ctx context.Context, team cay.TeamID, id cay.SandboxID, q c
 	_, err = l.snaps.Save(context.WithoutCancel(ctx), id, q)
 	switch {
 	case err == nil:
-		return l.markPaused(ctx, rec)
+		l.fault.Pass(killpoint.Pause, "api.outcome.before")
+		err := l.markPaused(ctx, rec)
+		l.fault.Pass(killpoint.Pause, "api.outcome.after")
+		return err
 	case cay.CodeOf(err) == cay.CodeShuttingDown:
 		return err // open which way it went; the next run finds out
 	}
+	l.fault.Pass(killpoint.Pause, "undo.api.before")
 	l.undoPause(ctx, rec, err)
+	l.fault.Pass(killpoint.Pause, "undo.api.after")
 	return fmt.Errorf("pausing sandbox %s: %w", id, err)
 }
 
@@ -197,6 +205,7 @@ func (l *life) resume(ctx context.Context, team cay.Team, id cay.SandboxID, time
 	keep, stopKeep := detached(ctx, recordTimeout)
 	defer stopKeep()
 	now := l.now()
+	l.fault.Pass(killpoint.Resume, "api.intent.before")
 	rec, err := l.admit(keep, id, team.Limits.ConcurrentSandboxes, func(s *store.Sandbox) error {
 		if s.State == cay.StateEnded || s.Team != team.ID {
 			return errOver
@@ -209,6 +218,7 @@ func (l *life) resume(ctx context.Context, team cay.Team, id cay.SandboxID, time
 		s.Deadline = earlier(now.Add(timeout), s.MaxDeadline)
 		return nil
 	})
+	l.fault.Pass(killpoint.Resume, "api.intent.after")
 	if err != nil {
 		return rec, gone(id, err)
 	}
@@ -220,7 +230,10 @@ func (l *life) resume(ctx context.Context, team cay.Team, id cay.SandboxID, time
 	}
 	if err == nil {
 		var fresh store.Sandbox
-		if fresh, err = l.markResumed(ctx, team, rec, made, timeout); err == nil {
+		l.fault.Pass(killpoint.Resume, "api.outcome.before")
+		fresh, err = l.markResumed(ctx, team, rec, made, timeout)
+		l.fault.Pass(killpoint.Resume, "api.outcome.after")
+		if err == nil {
 			l.discard(rec.Snapshot)
 			return fresh, nil
 		}
@@ -232,7 +245,9 @@ func (l *life) resume(ctx context.Context, team cay.Team, id cay.SandboxID, time
 	if cause := context.Cause(run); run.Err() != nil && !errors.Is(cause, context.DeadlineExceeded) {
 		err = cause
 	}
+	l.fault.Pass(killpoint.Resume, "undo.api.before")
 	l.undoResume(ctx, rec, err)
+	l.fault.Pass(killpoint.Resume, "undo.api.after")
 	return rec, fmt.Errorf("resuming sandbox %s: %w", id, err)
 }
 
@@ -339,6 +354,7 @@ func (l *life) snapshot(ctx context.Context, team cay.TeamID, id cay.SandboxID, 
 	defer l.done(o)
 	short, stop := detached(ctx, recordTimeout)
 	defer stop()
+	l.fault.Pass(killpoint.Snapshot, "api.intent.before")
 	rec, err := l.update(short, id, func(s *store.Sandbox) error {
 		if s.Team != team {
 			return errOver
@@ -352,13 +368,18 @@ func (l *life) snapshot(ctx context.Context, team cay.TeamID, id cay.SandboxID, 
 	if err != nil {
 		return rec, gone(id, err)
 	}
+	l.fault.Pass(killpoint.Snapshot, "api.intent.after")
 	m, err := l.snaps.Save(context.WithoutCancel(ctx), id, q)
 	if err == nil && keep != nil {
+		l.fault.Pass(killpoint.Snapshot, "api.row.before")
 		if err = keep(context.WithoutCancel(ctx), rec, m); err != nil {
 			l.discard(q.Snapshot)
 		}
+		l.fault.Pass(killpoint.Snapshot, "api.row.after")
 	}
+	l.fault.Pass(killpoint.Snapshot, "api.outcome.before")
 	rec, uerr := l.endSnapshot(ctx, rec, err)
+	l.fault.Pass(killpoint.Snapshot, "api.outcome.after")
 	switch {
 	case err != nil:
 		return rec, fmt.Errorf("making a snapshot of sandbox %s: %w", id, err)

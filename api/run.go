@@ -31,7 +31,7 @@ func (l *life) run(ctx context.Context) {
 	defer wg.Wait()
 	wg.Go(func() { l.watch(ctx) })
 	wg.Go(func() { l.recordEnds(ctx) })
-	wg.Go(func() { l.every(ctx, reconcileEvery, "bringing record and node together", l.reconcile) })
+	wg.Go(func() { l.every(ctx, l.reconcileEvery, "bringing record and node together", l.reconcile) })
 	wg.Go(func() { l.empty(ctx) })
 	wg.Go(func() { l.every(ctx, pruneEvery, "forgetting ended sandboxes", l.prune) })
 	l.evict(ctx)

@@ -187,9 +187,9 @@ func (l *life) quarantine(ctx context.Context, there []cay.Snapshot, rows []stor
 		since, known := l.orphans[s.ID]
 		if !known {
 			since = now
-			l.log.Warn("a snapshot that no record owns is in quarantine", "snapshot", s.ID, "sandbox", s.Sandbox, "made", s.CreatedAt, "for", quarantineFor)
+			l.log.Warn("a snapshot that no record owns is in quarantine", "snapshot", s.ID, "sandbox", s.Sandbox, "made", s.CreatedAt, "for", l.quarantineFor)
 		}
-		if now.Sub(since) >= quarantineFor {
+		if now.Sub(since) >= l.quarantineFor {
 			l.log.Warn("deleting a snapshot that no record owns", "snapshot", s.ID, "sandbox", s.Sandbox, "since", since)
 			if err := l.snaps.DeleteSnapshot(ctx, s.ID); err != nil {
 				errs = append(errs, err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cayhq/cay"
 	gen "github.com/cayhq/cay/internal/gen/api"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/store"
 )
 
@@ -280,7 +281,9 @@ func (s templateHandlers) deleteSnapshot(ctx context.Context, text string) error
 	team := callerOf(ctx).team
 	n, err := s.Store.FindSnapshot(ctx, team.ID, ref)
 	if err == nil {
+		s.Fault.Pass(killpoint.Drop, "api.row.before")
 		err = s.Store.DeleteSnapshot(ctx, team.ID, n.ID)
+		s.Fault.Pass(killpoint.Drop, "api.row.after")
 	}
 	if cay.CodeOf(err) == cay.CodeNotFound {
 		return errNoTemplate(text)
@@ -320,7 +323,11 @@ func (s sandboxHandlers) ForkSandbox(ctx context.Context, r gen.ForkSandboxReque
 	if err != nil {
 		return nil, err
 	}
-	defer s.life.discard(snap)
+	s.Fault.Pass(killpoint.Fork, "api.saved")
+	defer func() {
+		s.Fault.Pass(killpoint.Fork, "api.discard")
+		s.life.discard(snap)
+	}()
 	out := make(gen.ForkSandbox201JSONResponse, count)
 	var wg sync.WaitGroup
 	for i := range out {
@@ -344,6 +351,7 @@ func (s sandboxHandlers) fork(ctx context.Context, team cay.Team, src store.Sand
 		if cfg, err = s.config(rec); err == nil {
 			cfg.From, cfg.Mode = snap, cay.StartRestore
 			rec, err = s.life.create(ctx, team, rec, cfg, timeout)
+			s.Fault.Pass(killpoint.Fork, "api.made")
 		}
 	}
 	if err != nil {

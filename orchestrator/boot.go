@@ -18,6 +18,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/runtime"
 )
@@ -34,6 +35,14 @@ type boot struct {
 	res      cay.Resources
 	confined confined
 	from     *origin
+}
+
+// op is what the boot is for.
+func (b boot) op() killpoint.Op {
+	if b.from != nil {
+		return killpoint.Resume
+	}
+	return killpoint.Create
 }
 
 // origin is the snapshot a guest is booted from.
@@ -67,11 +76,24 @@ func (o *Orchestrator) moveLocked(g *guest, to phase) error {
 	}
 	next := g.rec
 	next.Phase = to
-	if err := o.records.write(next); err != nil {
+	name := string(to)
+	if to == running && g.op == killpoint.Pause {
+		name = "undo"
+	}
+	if err := o.writeLocked(g.op, next, name); err != nil {
 		return err
 	}
 	g.rec.Phase = to
 	return nil
+}
+
+// writeLocked writes a guest's record, with a point of an operation before and
+// after each step.
+func (o *Orchestrator) writeLocked(op killpoint.Op, r record, name string) error {
+	if o.Fault == nil || r.Phase == pooled {
+		return o.records.write(r)
+	}
+	return o.records.writeAt(r, func(step string) error { return o.Fault.At(op, "record."+name+"."+step) })
 }
 
 // step records how long a part of the start took. With an error it also keeps
@@ -100,6 +122,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
 		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
 		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}
+	g.op = b.op()
 	if b.from != nil {
 		g.rec.From, g.rec.Restored = b.from.ID, b.from.memory
 		if b.from.memory {
@@ -110,9 +133,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	o.mu.Lock()
 	if err := o.moveLocked(g, booting); err != nil {
 		o.mu.Unlock()
-		return nil, &cay.Error{Code: cay.CodeDiskUnavailable, Layer: cay.LayerStorage,
-			Message: "the node's record of the sandbox cannot be written: " + err.Error(),
-			Fix:     "check the free space and the mode of " + o.Dir, Err: err}
+		return nil, storageError("write the node's record of the sandbox", err)
 	}
 	o.guests[g.rec.Execution] = g
 	o.mu.Unlock()
@@ -130,6 +151,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 }
 
 func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
+	op := b.op()
 	var slot network.Slot
 	var root disk.Root
 	// The group's context is not used for the two: cancelling one half-way
@@ -137,7 +159,9 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	var eg errgroup.Group
 	eg.Go(func() (err error) {
 		began := o.now()
+		o.Fault.Pass(op, "network.before")
 		slot, err = o.Slots.Acquire(ctx, b.confined.egress)
+		o.Fault.Pass(op, "network.after")
 		o.step(g, "network", cay.LayerNetwork, began, err)
 		if err == nil {
 			o.mu.Lock()
@@ -160,14 +184,18 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 				return err
 			}
 		}
+		o.Fault.Pass(op, "disk.before")
 		root, err = o.Disks.Create(ctx, spec)
+		o.Fault.Pass(op, "disk.after")
 		o.step(g, "disk", cay.LayerStorage, began, err)
 		return err
 	})
 	if b.from != nil && b.from.memory {
 		eg.Go(func() error {
 			began := o.now()
+			o.Fault.Pass(op, "verify.before")
 			err := o.snapshots.checkMemory(ctx, b.from.Snapshot)
+			o.Fault.Pass(op, "verify.after")
 			o.step(g, "verify", cay.LayerStorage, began, err)
 			return err
 		})
@@ -177,14 +205,15 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	}
 	o.mu.Lock()
 	g.rec.RootFS, g.rec.DiskImage = root.Path, root.Image
-	err := o.records.write(g.rec)
+	err := o.writeLocked(op, g.rec, "host")
 	rec := g.rec
 	o.mu.Unlock()
 	if err != nil {
-		return err
+		return storageError("write the node's record of the sandbox", err)
 	}
 
 	began := o.now()
+	o.Fault.Pass(op, "engine.before")
 	err = o.Runtime.Create(ctx, runtime.Spec{
 		ID: runtime.InstanceID(rec.Execution), Engine: rec.Engine, RootFS: root.Path, NetNS: slot.NetNS,
 		Args: []string{b.manifest.Init},
@@ -200,11 +229,13 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 		Limits:   runtime.Limits{CPUs: b.res.CPUs, MemoryBytes: int64(b.res.MemoryMB) << 20, PIDs: guestPIDs},
 		Labels:   map[string]string{"build": string(rec.Build)},
 	})
+	o.Fault.Pass(op, "engine.after")
 	o.step(g, "engine", cay.LayerRuntime, began, err)
 	if err != nil {
 		return err
 	}
 	began = o.now()
+	o.Fault.Pass(op, "start.before")
 	want := GuestIdentity{Build: b.manifest.Build, Instance: string(rec.Execution), EnvdDigest: b.manifest.Envd}
 	if b.from != nil && b.from.memory {
 		want.Instance = string(b.from.Execution) // what it was when it was saved
@@ -214,12 +245,15 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 		err = o.Runtime.Start(ctx, runtime.InstanceID(rec.Execution))
 		o.step(g, "start", cay.LayerRuntime, began, err)
 	}
+	o.Fault.Pass(op, "start.after")
 	if err != nil {
 		return err
 	}
 	o.watch(g)
 	began = o.now()
+	o.Fault.Pass(op, "ready.before")
 	err = o.ready(ctx, g, want)
+	o.Fault.Pass(op, "ready.after")
 	o.step(g, "ready", cay.LayerEnvd, began, err)
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -20,6 +21,9 @@ func (o *Orchestrator) end(g *guest, reason cay.EndReason, message string) {
 		return
 	}
 	g.rec.EndReason, g.rec.EndMessage = reason, message
+	if reason != cay.EndPaused {
+		g.op = killpoint.Kill
+	}
 	if err := o.moveLocked(g, ending); err != nil {
 		// The disk refuses the record. Kill all the same: the reconciler of a
 		// later run finds a record that says running and an engine that is
@@ -40,15 +44,19 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	sbx := g.rec.Sandbox
 	refused := o.detach(ctx, g)
 	if sbx != "" {
+		o.Fault.Pass(g.op, "unroute.before")
 		o.again("taking the sandbox out of the catalog", id, func() error { return o.Catalog.Delete(ctx, sbx, id) })
+		o.Fault.Pass(g.op, "unroute.after")
 		if o.Streams != nil {
 			o.Streams.Cut(sbx, id)
 		}
 		o.keepPast(ctx, g, refused)
 	}
+	o.Fault.Pass(g.op, "engine-gone.before")
 	if !o.again("ending the guest", id, func() error { return o.Runtime.Kill(ctx, runtime.InstanceID(id)) }) {
 		return
 	}
+	o.Fault.Pass(g.op, "engine-gone.after")
 	o.mu.Lock()
 	if sbx != "" && o.bySbx[sbx] == g {
 		delete(o.bySbx, sbx)
@@ -64,15 +72,27 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 		o.ends.add(e)
 		o.log().Info("sandbox ended", "sandbox", sbx, "execution", id, "reason", g.rec.EndReason, "message", g.rec.EndMessage)
 	}
+	o.Fault.Pass(g.op, "disk-gone.before")
 	ok := o.again("removing the disk", id, func() error { return o.Disks.Remove(ctx, string(id)) })
+	o.Fault.Pass(g.op, "disk-gone.after")
 	if g.rec.Saving != "" {
+		o.Fault.Pass(g.op, "half-gone.before")
 		ok = o.again("removing half of a snapshot", id, func() error { return o.dropUnsaved(ctx, g.rec.Saving) }) && ok
+		o.Fault.Pass(g.op, "half-gone.after")
 	}
 	if g.rec.Slot >= 0 {
+		o.Fault.Pass(g.op, "network-gone.before")
 		ok = o.again("releasing the network slot", id, func() error { return o.Slots.Release(ctx, g.rec.Slot) }) && ok
+		o.Fault.Pass(g.op, "network-gone.after")
 	}
 	if ok {
-		o.again("removing the record", id, func() error { return o.records.remove(id) })
+		o.again("removing the record", id, func() error {
+			if err := o.Fault.At(g.op, "record.before-remove"); err != nil {
+				return err
+			}
+			return o.records.remove(id)
+		})
+		o.Fault.Pass(g.op, "record.gone")
 	}
 	o.lookAtEngines()
 	o.wake()

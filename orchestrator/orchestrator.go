@@ -16,6 +16,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -49,6 +50,8 @@ type Orchestrator struct {
 
 	Now func() time.Time
 	Log *slog.Logger
+	// Fault is called at the points of package killpoint; nil in production.
+	Fault killpoint.Hook
 
 	records   records
 	snapshots snapshots
@@ -86,6 +89,7 @@ type start struct {
 // Orchestrator.mu; exit is readable after exited is closed.
 type guest struct {
 	rec     record
+	op      killpoint.Op  // what is done with it
 	net     sync.Mutex    // one change of its network at a time
 	named   bool          // Names has it; guarded by net
 	adopted bool          // survived a restart of the server
@@ -335,8 +339,13 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 		g.rec.TrafficToken, g.rec.Ingress = c.TrafficToken.Reveal(), c.Ingress
 		g.rec.StartedAt, g.rec.Deadline = began, c.Deadline
 	}
+	op := g.op
 	if err := o.moveLocked(g, running); err != nil {
+		alive := g.rec.Phase == booting || g.rec.Phase == pooled
 		o.mu.Unlock()
+		if alive {
+			return storageError("write the node's record of the sandbox", err)
+		}
 		return o.diedDuring(ctx, g, "taking its configuration")
 	}
 	o.bySbx[c.ID] = g
@@ -345,12 +354,17 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	// Should the server end before the guest has the new one: its sandbox was
 	// told to nobody then, and goes.
 	g.rec.ControlToken = newToken()
-	err := o.records.write(g.rec)
+	err := o.writeLocked(op, g.rec, "token")
 	token := g.rec.ControlToken
 	o.mu.Unlock()
+	if err != nil {
+		return storageError("write the node's record of the sandbox", err)
+	}
+	o.Fault.Pass(op, "init.before")
 	if err == nil {
 		err = o.Guest.Init(ctx, addr, guestConfig(g.rec.Execution, token, c, m, began))
 	}
+	o.Fault.Pass(op, "init.after")
 	o.step(g, "init", cay.LayerEnvd, began, err)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -366,7 +380,10 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 			Fix:     "try again; if it stays, rebuild the template with `cay template refresh`",
 			Detail:  o.consoleDetail(ctx, g), Err: err}
 	}
-	return o.publish(ctx, g)
+	o.Fault.Pass(op, "route.before")
+	err = o.publish(ctx, g)
+	o.Fault.Pass(op, "route.after")
+	return err
 }
 
 // publish puts the guest's sandbox into the catalog.
@@ -452,7 +469,10 @@ func (o *Orchestrator) SetDeadline(_ context.Context, id cay.SandboxID, t time.T
 		return errNotFound(id)
 	}
 	g.rec.Deadline = t
-	return o.records.write(g.rec)
+	if err := o.records.write(g.rec); err != nil {
+		return storageError("write the node's record of sandbox "+string(id), err)
+	}
+	return nil
 }
 
 // Get implements [cay.Node].

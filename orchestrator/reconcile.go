@@ -106,7 +106,7 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 	if err := o.snapshots.dropHalf(half); err != nil {
 		return err
 	}
-	return o.sweep(ctx, live, owned)
+	return o.sweep(ctx, live, owned, half)
 }
 
 // endRecovered removes what an earlier run left of a guest.
@@ -127,8 +127,9 @@ func (o *Orchestrator) endRecovered(g *guest) {
 	o.end(g, reason, msg)
 }
 
-// sweep removes what no record names.
-func (o *Orchestrator) sweep(ctx context.Context, live map[cay.ExecutionID]runtime.Instance, owned map[cay.ExecutionID]bool) error {
+// sweep removes what no record and no snapshot names. Those in half are being
+// undone.
+func (o *Orchestrator) sweep(ctx context.Context, live map[cay.ExecutionID]runtime.Instance, owned map[cay.ExecutionID]bool, half map[cay.SnapshotID]bool) error {
 	var errs []error
 	for id := range live {
 		if !owned[id] {
@@ -142,6 +143,15 @@ func (o *Orchestrator) sweep(ctx context.Context, live map[cay.ExecutionID]runti
 		if !owned[cay.ExecutionID(id)] {
 			o.log().Warn("removing a disk that no record owns", "disk", id)
 			errs = append(errs, o.Disks.Remove(ctx, id))
+		}
+	}
+	// A snapshot is removed before its disk is.
+	saved, err := o.Disks.ListSaved(ctx)
+	errs = append(errs, err)
+	for _, name := range saved {
+		if id := cay.SnapshotID(name); !o.snapshots.there(id) && !half[id] {
+			o.log().Warn("removing a saved disk that no snapshot owns", "snapshot", id)
+			errs = append(errs, o.Disks.RemoveSaved(ctx, name))
 		}
 	}
 	errs = append(errs, o.Slots.Sweep(ctx))

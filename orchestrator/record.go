@@ -126,17 +126,33 @@ func (rs records) path(e cay.ExecutionID) string {
 
 // write replaces the record's file atomically.
 func (rs records) write(r record) error {
+	return rs.writeAt(r, func(string) error { return nil })
+}
+
+// writeAt is write with a function that is called before each step and after the
+// last; its error is the step's.
+func (rs records) writeAt(r record, at func(step string) error) error {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encoding the record of %s: %w", r.Execution, err)
 	}
 	tmp := rs.path(r.Execution) + ".tmp"
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+	if err := at("before-write"); err != nil {
 		return fmt.Errorf("writing the record of %s: %w", r.Execution, err)
 	}
-	if err := os.Rename(tmp, rs.path(r.Execution)); err != nil {
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		_ = os.Remove(tmp) // half of it, on a full disk
+		return fmt.Errorf("writing the record of %s: %w", r.Execution, err)
+	}
+	err = at("before-rename")
+	if err == nil {
+		err = os.Rename(tmp, rs.path(r.Execution))
+	}
+	if err != nil {
+		_ = os.Remove(tmp)
 		return fmt.Errorf("publishing the record of %s: %w", r.Execution, err)
 	}
+	_ = at("after")
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -38,6 +39,11 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 			Message: fmt.Sprintf("another operation on sandbox %s is under way", id), Fix: "try again when it is done"}
 	}
 	g.rec.Saving, g.rec.SavePauses = q.Snapshot, q.Pause
+	g.op = killpoint.Snapshot
+	if q.Pause {
+		g.op = killpoint.Pause
+	}
+	op := g.op
 	if err := o.moveLocked(g, saving); err != nil {
 		g.rec.Saving, g.rec.SavePauses = "", false
 		o.mu.Unlock()
@@ -48,14 +54,17 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 	defer o.wg.Done()
 
 	began := o.now()
-	m, frozen, err := o.save(ctx, g, q)
+	m, frozen, err := o.save(ctx, g, q, op)
 	if err != nil {
-		return m, errors.Join(err, o.unsave(ctx, g))
+		return m, errors.Join(err, o.unsave(ctx, g, op, q.Snapshot))
 	}
 	o.log().Info("sandbox saved", "sandbox", id, "execution", g.rec.Execution, "snapshot", q.Snapshot, "pause", q.Pause,
 		"frozen", frozen, "took", o.now().Sub(began))
 	if !q.Pause {
-		return m, o.goOn(ctx, g)
+		o.Fault.Pass(op, "go-on.before")
+		err := o.goOn(ctx, g)
+		o.Fault.Pass(op, "go-on.after")
+		return m, err
 	}
 	o.end(g, cay.EndPaused, "")
 	select {
@@ -78,12 +87,14 @@ const thawPatience = 3 * time.Second
 
 // save does the work. It returns for how long the guest stood still, unless it
 // still does.
-func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m cay.Snapshot, frozen time.Duration, err error) {
+func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op killpoint.Op) (m cay.Snapshot, frozen time.Duration, err error) {
+	at := func(step string) error { return o.Fault.At(op, step) }
 	exec := string(g.rec.Execution)
-	memory, err := o.snapshots.begin(q.Snapshot)
+	memory, err := o.snapshots.begin(q.Snapshot, at)
 	if err != nil {
 		return m, 0, err
 	}
+	o.Fault.Pass(op, "directory.after")
 	// What is written back now is not written while the guest stands still.
 	o.mu.Lock()
 	addr, rec := g.addr(), g.rec
@@ -100,53 +111,71 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest) (m
 	if !q.Memory {
 		// Without its memory the guest will come back as after a power cut, so
 		// its file systems are told to write everything first.
-		if err := o.Guest.Sync(ctx, addr); err != nil {
+		o.Fault.Pass(op, "sync.before")
+		err := o.Guest.Sync(ctx, addr)
+		o.Fault.Pass(op, "sync.after")
+		if err != nil {
 			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the guest could not write back its files before the snapshot: " + err.Error(), Fix: "try again", Err: err}
 		}
 	}
+	o.Fault.Pass(op, "flush.before")
 	if err := o.Disks.Flush(exec); err != nil {
 		return m, 0, err
 	}
+	o.Fault.Pass(op, "flush.after")
 	if q.Pause {
 		// Who comes from now on must not reach a guest that stands still, and
 		// be cut off with it: the proxy holds him back until it is known
 		// whether the sandbox sleeps or runs on.
+		o.Fault.Pass(op, "hold-back.before")
 		if err := o.Catalog.Delete(ctx, rec.Sandbox, rec.Execution); err != nil {
 			return m, 0, err
 		}
+		o.Fault.Pass(op, "hold-back.after")
 	}
 	stopped := o.now()
+	o.Fault.Pass(op, "freeze.before")
 	if err := o.Runtime.Freeze(ctx, runtime.InstanceID(exec)); err != nil {
 		return m, 0, o.savingDied(g, err)
 	}
+	o.Fault.Pass(op, "freeze.after")
 	if q.Memory {
+		o.Fault.Pass(op, "checkpoint.before")
 		if err := o.Runtime.Checkpoint(ctx, runtime.InstanceID(exec), memory); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
+		o.Fault.Pass(op, "checkpoint.after")
 	}
+	o.Fault.Pass(op, "disk.before")
 	saved, err := o.Disks.Save(ctx, exec, string(q.Snapshot))
 	if err != nil {
 		return m, 0, err
 	}
+	o.Fault.Pass(op, "disk.after")
 	if !q.Pause {
+		o.Fault.Pass(op, "thaw.before")
 		if err := o.Runtime.Thaw(ctx, runtime.InstanceID(exec)); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
+		o.Fault.Pass(op, "thaw.after")
 		frozen = o.now().Sub(stopped)
 	}
 	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
 		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
 		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
 	if q.Memory {
-		if m.Memory, err = measure(ctx, memory); err != nil {
+		if err = at("digest.before-read"); err == nil {
+			m.Memory, err = measure(ctx, memory)
+		}
+		if err != nil {
 			return m, frozen, storageError("read back the memory of snapshot "+string(q.Snapshot), err)
 		}
 	}
 	if m.Disk, err = stamp(saved.File); err != nil {
 		return m, frozen, storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
 	}
-	return m, frozen, o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken})
+	return m, frozen, o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
 }
 
 // savingDied says so when an operation failed because the guest ended.
@@ -161,9 +190,18 @@ func (o *Orchestrator) savingDied(g *guest, err error) error {
 }
 
 // unsave rolls a failed save back: the guest runs on, and nothing of the
-// snapshot is left.
-func (o *Orchestrator) unsave(ctx context.Context, g *guest) error {
-	return errors.Join(o.dropUnsaved(ctx, g.rec.Saving), o.goOn(ctx, g))
+// snapshot is left, also not of one that became visible and may not be durable.
+func (o *Orchestrator) unsave(ctx context.Context, g *guest, op killpoint.Op, id cay.SnapshotID) error {
+	o.Fault.Pass(op, "undo.drop.before")
+	err := o.forget(ctx, id, nil)
+	o.Fault.Pass(op, "undo.drop.after")
+	if op == killpoint.Snapshot {
+		return errors.Join(err, o.goOn(ctx, g))
+	}
+	o.Fault.Pass(op, "undo.go-on.before")
+	err = errors.Join(err, o.goOn(ctx, g))
+	o.Fault.Pass(op, "undo.go-on.after")
+	return err
 }
 
 // goOn lets a guest run after a save.
@@ -188,7 +226,13 @@ func (o *Orchestrator) goOn(ctx context.Context, g *guest) error {
 	}
 	paused := g.rec.SavePauses
 	g.rec.Saving, g.rec.SavePauses = "", false
-	merr := o.moveLocked(g, running)
+	if merr := o.moveLocked(g, running); merr != nil {
+		// On record it is still being saved. Whoever reads that lets it run on,
+		// too: of a pause there is no snapshot, and nothing else ends with one.
+		g.rec.Phase = running
+		o.log().Error("the record of a guest that runs on after a save cannot be written; trying again", "execution", g.rec.Execution, "error", merr)
+		o.wg.Go(func() { o.rewrite(g) })
+	}
 	o.mu.Unlock()
 	if paused { // it was taken out of the catalog
 		o.again("routing a sandbox whose pause failed", g.rec.Execution, func() error {
@@ -204,13 +248,24 @@ func (o *Orchestrator) goOn(ctx context.Context, g *guest) error {
 		return nil
 	default:
 	}
-	if err = errors.Join(err, merr); err != nil {
-		// A guest that cannot be thawed is of no use to anybody, and its
-		// record must not claim a save that is over.
+	if err != nil {
+		// A guest that cannot be thawed is of no use to anybody.
 		o.log().Error("a guest does not go on after a save", "execution", g.rec.Execution, "error", err)
 		o.end(g, cay.EndEngineCrash, "the guest could not be thawed after a snapshot: "+err.Error())
 	}
 	return err
+}
+
+// rewrite writes the record of a guest that runs, until that works.
+func (o *Orchestrator) rewrite(g *guest) {
+	o.again("writing the record", g.rec.Execution, func() error {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if g.rec.Phase != running {
+			return nil // another move has written it, or will
+		}
+		return o.records.write(g.rec)
+	})
 }
 
 // recoverSave finishes or undoes the save that a crash interrupted: a whole
@@ -226,7 +281,7 @@ func (o *Orchestrator) recoverSave(ctx context.Context, g *guest) error {
 		return o.goOn(ctx, g)
 	}
 	o.log().Info("undoing the snapshot that was interrupted", "sandbox", g.rec.Sandbox, "snapshot", g.rec.Saving)
-	return o.unsave(ctx, g)
+	return o.unsave(ctx, g, "", g.rec.Saving)
 }
 
 // dropUnsaved removes what a save left whose guest ended before the snapshot
@@ -313,11 +368,40 @@ func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
 
 // DeleteSnapshot implements [cay.Snapshots].
 func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) error {
-	if err := o.snapshots.remove(id); err != nil {
+	err := o.forget(ctx, id, o.Fault)
+	o.lookAtEngines()
+	return err
+}
+
+// forget removes a snapshot, whole or half. When it is out of sight it is gone:
+// what of it cannot be removed at once is tried again, and by the next start.
+func (o *Orchestrator) forget(ctx context.Context, id cay.SnapshotID, h killpoint.Hook) error {
+	if err := o.snapshots.hide(id, h); err != nil {
 		return err
 	}
-	o.lookAtEngines()
-	return o.Disks.RemoveSaved(ctx, string(id))
+	clean := func(ctx context.Context) error {
+		err := h.At(killpoint.Drop, "snapshot.before-remove")
+		if err == nil {
+			err = o.snapshots.abandon(id)
+		}
+		h.Pass(killpoint.Drop, "snapshot.after")
+		err = errors.Join(err, o.Disks.RemoveSaved(ctx, string(id)))
+		h.Pass(killpoint.Drop, "disk.after")
+		return err
+	}
+	err := clean(ctx)
+	if err == nil {
+		return nil
+	}
+	o.log().Error("a part of a snapshot that is gone cannot be removed; trying again", "snapshot", id, "error", err)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open {
+		o.wg.Go(func() {
+			o.again("removing a part of snapshot "+string(id), "", func() error { return clean(context.WithoutCancel(o.life)) })
+		})
+	}
+	return nil
 }
 
 // VerifySnapshot implements [cay.Snapshots]: it reads every byte of the memory,

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/killpoint"
 )
 
 // snapshots keeps the memory and the manifests of snapshots in one directory;
@@ -66,8 +67,11 @@ func (s snapshots) free(id cay.SnapshotID) error {
 }
 
 // begin makes an empty directory for a snapshot in the making.
-func (s snapshots) begin(id cay.SnapshotID) (memory string, err error) {
+func (s snapshots) begin(id cay.SnapshotID, at func(step string) error) (memory string, err error) {
 	dir := s.path(id) + newSuffix
+	if err := at("directory.before-make"); err != nil {
+		return "", storageError("make the directory of snapshot "+string(id), err)
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		return "", storageError("clear the directory of snapshot "+string(id), err)
 	}
@@ -79,37 +83,61 @@ func (s snapshots) begin(id cay.SnapshotID) (memory string, err error) {
 }
 
 // commit makes a snapshot visible: everything is on disk before the manifest
-// is, and the rename comes last.
-func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets) error {
+// is, and the rename comes last. at is called before each step; its error is the
+// step's. After an error the snapshot may be visible all the same.
+func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step string) error) error {
 	dir := s.path(m.ID) + newSuffix
+	memory := filepath.Join(dir, memoryName)
+	do := func(step, what string, f func() error) error {
+		err := at(step)
+		if err == nil {
+			err = f()
+		}
+		if err != nil {
+			return storageError(what+" of snapshot "+string(m.ID), err)
+		}
+		return nil
+	}
 	if len(m.Memory) == 0 {
-		if err := os.Remove(filepath.Join(dir, memoryName)); err != nil {
+		if err := os.Remove(memory); err != nil {
 			return storageError("remove the empty memory of snapshot "+string(m.ID), err)
 		}
-	}
-	for _, p := range m.Memory {
-		if err := syncPath(filepath.Join(dir, memoryName, p.Name)); err != nil {
-			return storageError("write the memory of snapshot "+string(m.ID), err)
+	} else if err := do("memory.before-sync", "write the memory", func() error {
+		for _, p := range m.Memory {
+			if err := syncPath(filepath.Join(memory, p.Name)); err != nil {
+				return err
+			}
 		}
+		return syncPath(memory)
+	}); err != nil {
+		return err
 	}
-	for name, v := range map[string]any{secretsName: sec, manifestName: m} {
-		b, err := json.MarshalIndent(v, "", "  ")
+	for _, f := range []struct {
+		name, short string
+		content     any
+	}{{secretsName, "secrets", sec}, {manifestName, "manifest", m}} {
+		b, err := json.MarshalIndent(f.content, "", "  ")
 		if err != nil {
-			return fmt.Errorf("encoding %s of snapshot %s: %w", name, m.ID, err)
+			return fmt.Errorf("encoding %s of snapshot %s: %w", f.name, m.ID, err)
 		}
-		path := filepath.Join(dir, name)
-		if err := errors.Join(os.WriteFile(path, append(b, '\n'), 0o600), syncPath(path)); err != nil {
-			return storageError("write "+name+" of snapshot "+string(m.ID), err)
+		path := filepath.Join(dir, f.name)
+		if err := do(f.short+".before-write", "write "+f.name, func() error { return os.WriteFile(path, append(b, '\n'), 0o600) }); err != nil {
+			return err
 		}
-	}
-	if len(m.Memory) > 0 {
-		if err := syncPath(filepath.Join(dir, memoryName)); err != nil {
-			return storageError("publish snapshot "+string(m.ID), err)
+		if err := do(f.short+".before-sync", "write "+f.name, func() error { return syncPath(path) }); err != nil {
+			return err
 		}
 	}
-	if err := errors.Join(syncPath(dir), os.Rename(dir, s.path(m.ID)), syncPath(s.dir)); err != nil {
-		return storageError("publish snapshot "+string(m.ID), err)
+	if err := do("directory.before-sync", "write the directory", func() error { return syncPath(dir) }); err != nil {
+		return err
 	}
+	if err := do("manifest.before-rename", "publish the manifest", func() error { return os.Rename(dir, s.path(m.ID)) }); err != nil {
+		return err
+	}
+	if err := do("manifest.before-publish", "publish the manifest", func() error { return syncPath(s.dir) }); err != nil {
+		return err
+	}
+	_ = at("manifest.after")
 	return nil
 }
 
@@ -129,6 +157,12 @@ func storageError(what string, err error) error {
 		e.Fix = "free space on the file system of the data directory; the sandbox runs on"
 	}
 	return e
+}
+
+// there reports whether a snapshot has a directory, whole or damaged.
+func (s snapshots) there(id cay.SnapshotID) bool {
+	_, err := os.Lstat(s.path(id))
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // abandon removes a snapshot in the making; one that is whole stays.
@@ -200,17 +234,18 @@ func (s snapshots) list() ([]cay.Snapshot, []error) {
 	return out, errs
 }
 
-// remove takes a snapshot away, manifest first: what a crash leaves is no
-// snapshot. An unknown one is no error.
-func (s snapshots) remove(id cay.SnapshotID) error {
+// hide takes a snapshot out of sight, in one step: what is left of it is half of
+// one, for abandon. An unknown one is no error.
+func (s snapshots) hide(id cay.SnapshotID, h killpoint.Hook) error {
 	if err := validSnapshotID(id); err != nil {
 		return err
 	}
 	dir := s.path(id)
-	if err := os.Rename(dir, dir+newSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return storageError("remove snapshot "+string(id), err)
+	err := h.At(killpoint.Drop, "snapshot.before-rename")
+	if err == nil {
+		err = os.Rename(dir, dir+newSuffix)
 	}
-	if err := s.abandon(id); err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return storageError("remove snapshot "+string(id), err)
 	}
 	return nil

@@ -56,6 +56,7 @@ var Packages = []Package{
 	{"internal/gen/envd/process/processconnect", Generated, "RPC of spec/envd/process"},
 	{"internal/gen/operator", Generated, "our own REST API for operators, from spec/operator.yaml"},
 	{"internal/gen/sqlite", Generated, "queries of store/sqlite"},
+	{"internal/killpoint", Internal, "the points at which tests let a server die"},
 	{"internal/lint", Internal, "these rules"},
 	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},
