@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cayhq/cay"
 )
@@ -129,6 +130,7 @@ func unavailable(id cay.SandboxID) answer {
 // write sends the answer as a page to a browser that navigates and as JSON to
 // everyone else.
 func (a answer) write(w http.ResponseWriter, r *http.Request) {
+	hurry(w, r, restTime)
 	h := w.Header()
 	h.Set("Cache-Control", "no-store") // the next request may find the sandbox
 	h.Set("X-Content-Type-Options", "nosniff")
@@ -154,9 +156,20 @@ func (a answer) write(w http.ResponseWriter, r *http.Request) {
 }
 
 // badRequest answers a request that names no target. Plain text, as upstream.
-func badRequest(w http.ResponseWriter, why string) {
+func badRequest(w http.ResponseWriter, r *http.Request, why string) {
+	hurry(w, r, restTime)
 	w.Header().Set("Cache-Control", "no-store")
 	http.Error(w, why, http.StatusBadRequest)
+}
+
+// restTime is how long the rest of a body may take that nobody wants.
+const restTime = 5 * time.Second
+
+// hurry bounds what is still to come of a body that does not go to a sandbox.
+func hurry(w http.ResponseWriter, r *http.Request, within time.Duration) {
+	if r.ContentLength != 0 {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(within)) // a recorder has none
+	}
 }
 
 var browser = regexp.MustCompile(`(?i)mozilla|chrome|safari|firefox|edge|opera|msie`)

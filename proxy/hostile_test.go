@@ -280,7 +280,7 @@ func TestServeEnds(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- s.Serve(ctx, l) }()
+	go func() { done <- s.Serve(ctx, l, nil) }()
 	w := &world{t: t, cat: cat.cat, proxy: s, addr: l.Addr().String()}
 	res, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(w.request("GET", "/", r, 80, nil))
 	if err != nil {
@@ -315,28 +315,4 @@ func TestCloseUnused(t *testing.T) {
 		}
 	}
 	s.Cut("i1", "x1")
-}
-
-func TestMaxConns(t *testing.T) {
-	w := newWorld(t, func(s *Server) { s.MaxConns = 1 })
-	r := w.sandbox(nil)
-	w.guest(r, 80, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	silent, err := net.Dial("tcp", w.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	status := make(chan int)
-	go func() {
-		res, _ := w.do(w.request("GET", "/", r, 80, nil))
-		status <- res.StatusCode
-	}()
-	select {
-	case s := <-status:
-		t.Fatalf("a second connection was served: %d", s)
-	case <-time.After(100 * time.Millisecond):
-	}
-	silent.Close()
-	if s := <-status; s != 200 {
-		t.Fatal(s)
-	}
 }

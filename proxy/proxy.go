@@ -9,20 +9,15 @@ import (
 	"context"
 	"crypto/subtle"
 	"crypto/tls"
-	"errors"
-	"io"
 	"log"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"net/netip"
-	"net/url"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -38,6 +33,7 @@ const (
 	defaultMaxConns   = 16384
 	defaultPerSandbox = 4096
 	defaultGrace      = 2 * time.Second
+	apiBodyTime       = time.Minute // for the body of a request to the API
 )
 
 // Server is the proxy. Set the fields, then use Handler, or Serve, which puts
@@ -69,14 +65,28 @@ type Server struct {
 	// MaxPerSandbox bounds the requests, streams included, that one sandbox
 	// may have under way; 0 is 4,096.
 	MaxPerSandbox int
-	// MaxConns bounds the client connections of one Serve; 0 is 16,384.
-	// Further ones wait in the kernel's queue.
+	// MaxConns bounds the client connections; 0 is 16,384, or a third of the
+	// files that the process may open if that is less. When it is reached, one
+	// makes room that has had no request under way for longest; if all have,
+	// further ones wait in the kernel's queue.
 	MaxConns int
+	// MaxPerClient bounds those of one address, for IPv6 of one /64; 0 is half
+	// of MaxConns, and then none for the loopback, where a proxy in front is.
+	MaxPerClient int
 	// Grace is how long Serve lets requests finish when its context ends;
 	// 0 is 2 s.
 	Grace time.Duration
-	// TLS makes Serve speak TLS, with HTTP/2 by ALPN. Nil is plain.
+	// TLS is for the second listener of Serve, with HTTP/2 by ALPN.
 	TLS *tls.Config
+	// API gets what comes over TLS for api.<Domain>. Nil: nobody does.
+	API http.Handler
+	// Challenge is asked first about plain requests below
+	// /.well-known/acme-challenge/, and reports whether it has answered. Nil:
+	// they are like all others.
+	Challenge func(w http.ResponseWriter, r *http.Request) bool
+	// RedirectPort, unless 0, is the port of https to which plain requests for
+	// names below Domain are sent.
+	RedirectPort int
 
 	Now func() time.Time
 	Log *slog.Logger
@@ -145,26 +155,34 @@ func (s *Server) Cut(_ cay.SandboxID, e cay.ExecutionID) {
 }
 
 // Serve accepts connections until ctx ends, then lets requests finish for
-// Grace, cuts the others and returns nil. It closes l.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+// Grace, cuts the others and returns nil. It closes both listeners: plain
+// speaks HTTP/1 and HTTP/2 with prior knowledge; secure, which may be nil, is
+// for TLS.
+func (s *Server) Serve(ctx context.Context, plain, secure net.Listener) error {
 	s.init()
 	limit := s.MaxConns
 	if limit <= 0 {
-		limit = defaultMaxConns
+		limit = max(1, min(defaultMaxConns, descriptors()/3))
+	}
+	perClient, exempt := s.MaxPerClient, (func(netip.Addr) bool)(nil)
+	if perClient <= 0 {
+		perClient, exempt = max(1, limit/2), netip.Addr.IsLoopback
+	}
+	g := newGate(limit, perClient, exempt)
+	listeners := []net.Listener{&gateListener{plain, g}}
+	if secure != nil {
+		listeners = append(listeners, newTLSListener(&gateListener{secure, g}, s.TLS))
 	}
 	srv := s.httpServer()
-	failed := make(chan error, 1)
-	go func() {
-		ll := newLimitListener(l, limit)
-		if s.TLS != nil {
-			failed <- srv.ServeTLS(ll, "", "")
-			return
-		}
-		failed <- srv.Serve(ll)
-	}()
+	failed := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { failed <- srv.Serve(l) }()
+	}
 	var err error
+	running := len(listeners)
 	select {
 	case err = <-failed:
+		running--
 	case <-ctx.Done():
 		grace := s.Grace
 		if grace <= 0 {
@@ -174,9 +192,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		_ = srv.Shutdown(wait) // what did not finish in time is cut below
 		cancel()
-		_ = <-failed // http.ErrServerClosed, as Shutdown was called
 	}
 	_ = srv.Close()
+	for ; running > 0; running-- {
+		_ = <-failed // http.ErrServerClosed, as it was closed
+	}
+	for _, l := range listeners {
+		_ = l.Close() // again, if the server had it
+	}
 	s.Close()
 	return err
 }
@@ -186,18 +209,15 @@ func (s *Server) httpServer() *http.Server {
 	p.SetHTTP1(true)
 	p.SetHTTP2(true)
 	p.SetUnencryptedHTTP2(true) // with prior knowledge; the Upgrade form is not served
-	srv := &http.Server{
+	return &http.Server{
 		Handler:           s.Handler(),
 		ReadHeaderTimeout: readHeaderTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		Protocols:         p,
+		ConnContext:       connContext,
 		ErrorLog:          s.fine,
 	}
-	if s.TLS != nil {
-		srv.TLSConfig = s.TLS.Clone()
-	}
-	return srv
 }
 
 // Close cuts every connection to every sandbox, refuses further requests and
@@ -244,6 +264,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.end()
+	if gc := guardedOf(r); gc != nil {
+		gc.begin()
+		defer gc.end()
+	}
 	defer func() {
 		if p := recover(); p != nil {
 			if p != http.ErrAbortHandler {
@@ -253,15 +277,18 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		}
 	}()
 
-	if r.Method == http.MethodConnect || r.URL.Opaque != "" {
-		badRequest(w, "the proxy takes ordinary requests only: no CONNECT, and a path that starts with a slash")
+	if !ordinary(r) {
+		badRequest(w, r, "the proxy takes ordinary requests only: no CONNECT, and a path that starts with a slash")
+		return
+	}
+	if s.own(w, r) {
 		return
 	}
 	t, err := parseTarget(r.Host, r.Header, s.Domain)
 	if err != nil {
 		var ok bool
 		if t, ok = s.signed(r); !ok {
-			badRequest(w, err.Error())
+			badRequest(w, r, err.Error())
 			return
 		}
 	}
@@ -271,6 +298,76 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	for again := true; s.pass(w, r, t, again); {
 		again = false
+	}
+}
+
+// ordinary reports whether a request can be written to a sandbox as it came.
+// HTTP/2 lets pass what would be read otherwise on a line of HTTP/1.
+func ordinary(r *http.Request) bool {
+	return r.Method != http.MethodConnect && token(r.Method) && r.URL.Opaque == "" &&
+		strings.IndexFunc(r.URL.RawQuery, func(c rune) bool { return c <= ' ' || c == 0x7f }) < 0
+}
+
+// token reports whether a text is one word of HTTP (RFC 9110, section 5.6.2).
+func token(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("\"(),/:;<=>?@[\\]{}", c) >= 0 {
+			return false
+		}
+	}
+	return s != ""
+}
+
+// own answers what is for no sandbox.
+func (s *Server) own(w http.ResponseWriter, r *http.Request) bool {
+	if r.TLS == nil && s.Challenge != nil && strings.HasPrefix(r.URL.Path, "/.well-known/acme-challenge/") && s.Challenge(w, r) {
+		return true
+	}
+	if s.Domain == "" || s.API == nil && s.RedirectPort == 0 {
+		return false
+	}
+	name, err := hostname(r.Host)
+	if err != nil {
+		return false
+	}
+	name = strings.ToLower(name)
+	below, found := strings.CutSuffix(name, "."+s.Domain)
+	switch {
+	case !found:
+		return false
+	case r.TLS != nil && s.API != nil && below == "api":
+		hurry(w, r, apiBodyTime)
+		s.API.ServeHTTP(w, r)
+		return true
+	case r.TLS == nil && s.RedirectPort != 0:
+		if s.RedirectPort != 443 {
+			name += ":" + strconv.Itoa(s.RedirectPort)
+		}
+		w.Header().Set("Cache-Control", "no-store")
+		http.Redirect(w, r, "https://"+name+r.URL.RequestURI(), http.StatusPermanentRedirect)
+		return true
+	}
+	return false
+}
+
+// hold keeps what a request has taken, for a stream that outlives its handler,
+// until the returned function is called.
+func (s *Server) hold(r *http.Request, c *connections) (release func()) {
+	s.mu.Lock()
+	s.active++
+	s.mu.Unlock()
+	s.up.hold(c)
+	gc := guardedOf(r)
+	if gc != nil {
+		gc.begin()
+	}
+	return func() {
+		if gc != nil {
+			gc.end()
+		}
+		s.up.leave(c)
+		s.end()
 	}
 }
 
@@ -318,121 +415,6 @@ func admit(h http.Header, t target, route catalog.Route) (answer, bool) {
 		return portClosed(t), false
 	}
 	return answer{}, true
-}
-
-// forward takes an admitted request to its sandbox and the answer back. With
-// again, it reports true when there is no answer because the sandbox went away.
-func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections, in cay.Ingress, again bool) (gone bool) {
-	if r.ProtoMajor == 1 {
-		// Else the server would read the whole body before it sends the
-		// answer's header, and a two-way stream would hang.
-		_ = http.NewResponseController(w).EnableFullDuplex()
-	}
-	body := &clientBody{ReadCloser: r.Body}
-	if r.ContentLength != 0 {
-		r.Body = body
-	}
-	if in.TLS(t.port) && t.port != envdPort {
-		r = r.WithContext(context.WithValue(r.Context(), serverName{}, sni(r.Host, in, t.port)))
-	}
-	rp := httputil.ReverseProxy{
-		Transport:     s.up.transport(r, t.port),
-		FlushInterval: -1, // every write at once: streams must not wait
-		BufferPool:    &buffers,
-		ErrorLog:      s.fine,
-		Rewrite: func(p *httputil.ProxyRequest) {
-			s.rewrite(p, t, c, in)
-		},
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			if body.broken.Load() {
-				badRequest(w, "the request's body is malformed or ended early")
-				return
-			}
-			if again && s.up.dead(c) && r.Context().Err() == nil {
-				gone = true
-				return
-			}
-			s.failed(w, r, t, c, err)
-		},
-	}
-	rp.ServeHTTP(w, r)
-	return gone
-}
-
-// clientBody notes that the client's body is at fault, so that the sandbox is
-// not blamed. Transports may read it after the answer has come.
-type clientBody struct {
-	io.ReadCloser
-	broken atomic.Bool
-}
-
-func (b *clientBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	if err != nil && err != io.EOF && !errors.Is(err, http.ErrBodyReadAfterClose) {
-		b.broken.Store(true)
-	}
-	return n, err
-}
-
-// rewrite makes the request the sandbox sees: the client's own, with its Host,
-// path and query as they came, without what is only between client and proxy.
-func (s *Server) rewrite(p *httputil.ProxyRequest, t target, c *connections, to cay.Ingress) {
-	in := p.In.URL
-	p.Out.URL = &url.URL{
-		Scheme: "http",
-		Host:   c.hostport(t.port),
-		Path:   in.Path, RawPath: in.RawPath,
-		RawQuery: in.RawQuery, ForceQuery: in.ForceQuery,
-	}
-	p.Out.Host = p.In.Host
-	if t.port != envdPort {
-		if to.TLS(t.port) {
-			p.Out.URL.Scheme = "https"
-		}
-		if host, masked := to.Host(t.port); masked {
-			p.Out.Host = host
-			p.Out.Header.Set("X-Forwarded-Host", p.In.Host)
-		}
-	}
-	p.Out.Trailer = p.In.Trailer // filled while the body is read, so the very map
-	h := p.Out.Header
-	for k := range h {
-		if strings.HasPrefix(k, "X-Cay-") {
-			delete(h, k)
-		}
-	}
-	delete(h, headerTraffic)
-	delete(h, headerSandbox)
-	delete(h, headerPort)
-	delete(h, "Http2-Settings")
-	up := strings.ToLower(h.Get("Upgrade"))
-	if t.port == envdPort || strings.Contains(up, "h2c") {
-		// Behind an upgrade no path would be looked at. envd needs none, and
-		// h2c is spoken with prior knowledge only.
-		delete(h, "Upgrade")
-		delete(h, "Connection")
-	}
-	if t.port == envdPort {
-		// envd judges the expiry of signed URLs by this, not by a clock that
-		// root in the guest can set.
-		h.Set("X-Cay-Time", strconv.FormatInt(s.now().UnixMilli(), 10))
-	}
-}
-
-// sni returns the name that a service with TLS is asked for: that of the Host it
-// will see. An address is none.
-func sni(host string, in cay.Ingress, port uint16) string {
-	if h, masked := in.Host(port); masked {
-		host = h
-	}
-	name, err := hostname(host)
-	if err != nil {
-		return ""
-	}
-	if _, err := netip.ParseAddr(name); err == nil {
-		return ""
-	}
-	return name
 }
 
 // failed answers when the sandbox gave no answer.

@@ -55,7 +55,7 @@ func newWorld(t *testing.T, set func(*Server)) *world {
 	w.addr = l.Addr().String()
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- w.proxy.Serve(ctx, l) }()
+	go func() { done <- w.proxy.Serve(ctx, l, nil) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-done; err != nil {

@@ -83,7 +83,19 @@ func hostname(host string) (string, error) {
 	if name == "" {
 		return "", malformed("the request has no Host")
 	}
+	if len(name) > maxName || strings.IndexFunc(name, notInName) >= 0 {
+		return "", malformed("the Host is no name in ASCII of at most 253 letters")
+	}
 	return name, nil
+}
+
+// maxName is the length of a domain name.
+const maxName = 253
+
+// notInName reports what neither a name nor an address has. A name in other
+// letters comes in its ASCII form (xn--…).
+func notInName(c rune) bool {
+	return (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' && c != '.' && c != '_' && c != ':'
 }
 
 // digits reports whether s consists of digits; an empty s does.

@@ -63,16 +63,24 @@ func TestParseTarget(t *testing.T) {
 		{"port 0", "0-" + sbx + ".x", nil, "the port is malformed"},
 		{"port 65536", "65536-" + sbx + ".x", nil, "the port is malformed"},
 		{"port with a zero", "080-" + sbx + ".x", nil, "the port is malformed"},
-		{"port with a sign", "+80-" + sbx + ".x", nil, "the port is malformed"},
+		{"port with a sign", "+80-" + sbx + ".x", nil, "the Host is no name"},
 		{"port empty in host", "-" + sbx + ".x", nil, "the port is malformed"},
 		{"header port 65536", "localhost", headers(headerSandbox, sbx, headerPort, "65536"), "the port is malformed"},
 		{"header port hex", "localhost", headers(headerSandbox, sbx, headerPort, "0x50"), "the port is malformed"},
 		{"header port spaced", "localhost", headers(headerSandbox, sbx, headerPort, " 80"), "the port is malformed"},
 		{"capitals in id", "80-I1A2.x", nil, "the sandbox ID in the Host is malformed"},
 		{"empty id", "80-.x", nil, "the sandbox ID in the Host is malformed"},
-		{"userinfo", "a@80-" + sbx + ".x", nil, "the port is malformed"},
-		{"percent", "80-%69.x", nil, "the sandbox ID in the Host is malformed"},
-		{"NUL", "80-" + sbx + "\x00.x", nil, "the sandbox ID in the Host is malformed"},
+		{"userinfo", "a@80-" + sbx + ".x", nil, "the Host is no name"},
+		{"percent", "80-%69.x", nil, "the Host is no name"},
+		{"NUL", "80-" + sbx + "\x00.x", nil, "the Host is no name"},
+		{"space in domain", "80-" + sbx + ".x y", nil, "the Host is no name"},
+		{"slash in domain", "80-" + sbx + ".x/init", nil, "the Host is no name"},
+		{"IDNA", "80-" + sbx + ".bücher.de", nil, "the Host is no name"},
+		{"IDNA in ASCII", "80-" + sbx + ".xn--bcher-kva.de", nil, "80 " + sbx},
+		{"full-width digits", "８０-" + sbx + ".x", nil, "the Host is no name"},
+		{"ideographic stop", "80-" + sbx + "。x", nil, "the Host is no name"},
+		{"zone of an address", "[fe80::1%25eth0]:80", both, "the Host is no name"},
+		{"capitals in domain", "80-" + sbx + ".SBX.Example.COM", nil, "80 " + sbx},
 		{"path in id", "localhost", headers(headerSandbox, "../../x", headerPort, "80"), "the sandbox ID is malformed"},
 		{"three parts in header", "localhost", headers(headerSandbox, sbx+"-a-b", headerPort, "80"), "the sandbox ID is malformed"},
 		{"contradicting id", "3000-" + sbx + ".x", headers(headerSandbox, "iother", headerPort, "3000"), "the header E2b-Sandbox-Id and the Host"},
@@ -84,7 +92,8 @@ func TestParseTarget(t *testing.T) {
 		{"text after bracket", "[::1]x", both, "the port of the Host"},
 		{"v6 bare", "::1", both, "the port of the Host"},
 		{"port of host a word", "localhost:http", both, "the port of the Host"},
-		{"300 labels", strings.Repeat("a.", 300) + "x", nil, "the Host names no sandbox"},
+		{"300 labels", strings.Repeat("a.", 300) + "x", nil, "the Host is no name"},
+		{"100 labels", strings.Repeat("a.", 100) + "x", nil, "the Host names no sandbox"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := parseTarget(c.host, c.h, "example.com")
@@ -107,6 +116,7 @@ func oracle(host, id, port string, ids, ports int, domain string) (cay.SandboxID
 	}
 	var (
 		authority = regexp.MustCompile(`\A(?:\[([^\]]*)\]|([^:\[][^:]*))(?::[0-9]*)?\z`)
+		aName     = regexp.MustCompile(`\A[-._:A-Za-z0-9]{1,253}\z`)
 		inHost    = regexp.MustCompile(`\A([1-9][0-9]{0,4})-([a-z0-9]{1,64})(?:-[^.]*)?\..*\z`)
 		inHeader  = regexp.MustCompile(`\A([a-z0-9]{1,64})(?:-[^-]+)?\z`)
 		number    = regexp.MustCompile(`\A[1-9][0-9]{0,4}\z`)
@@ -123,6 +133,9 @@ func oracle(host, id, port string, ids, ports int, domain string) (cay.SandboxID
 		}
 	}
 	name = strings.TrimSuffix(name, ".")
+	if !aName.MatchString(name) {
+		return "", 0, false
+	}
 	if _, err := netip.ParseAddr(name); id != "" || port != "" {
 		shared := []string{"localhost"}
 		if domain != "" {

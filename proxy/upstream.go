@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -48,8 +47,6 @@ var (
 // upstreams holds the connections to sandboxes, apart for each execution.
 type upstreams struct {
 	limit int
-	envd  *http.Transport // keeps connections
-	user  *http.Transport // one connection per request (contract, section 4)
 	h2    *http.Transport // gRPC: HTTP/2, with prior knowledge or by ALPN
 
 	mu   sync.Mutex
@@ -67,6 +64,7 @@ type connections struct {
 	requests int
 	ended    bool
 	hooks    map[*func()]struct{} // what to call when the sandbox ends
+	idle     []*wire              // kept for envd, the one used last at the end
 }
 
 // hostport is the name under which a transport keeps connections. It holds the
@@ -79,40 +77,19 @@ func (c *connections) hostport(port uint16) string {
 func (u *upstreams) init(limit int) {
 	u.limit = limit
 	u.open = make(map[cay.ExecutionID]*connections)
-	plain := http.Transport{
+	u.h2 = &http.Transport{
 		// Proxy stays nil: an operator's HTTP_PROXY must not get guest traffic.
 		DialContext:            u.dial,
-		DialTLSContext:         u.dialTLS("http/1.1"),
+		DialTLSContext:         u.dialTLS("h2"),
 		DisableCompression:     true, // bodies pass as they are
 		MaxResponseHeaderBytes: maxResponseHeader,
 		ReadBufferSize:         4 << 10,
 		WriteBufferSize:        4 << 10,
+		IdleConnTimeout:        5 * time.Second,
 	}
-	u.envd = plain.Clone()
-	u.envd.MaxIdleConnsPerHost = 64
-	u.envd.IdleConnTimeout = envdIdle
-	u.user = plain.Clone()
-	u.user.DisableKeepAlives = true
-	u.h2 = plain.Clone()
-	u.h2.IdleConnTimeout = 5 * time.Second
 	u.h2.Protocols = new(http.Protocols)
 	u.h2.Protocols.SetUnencryptedHTTP2(true)
 	u.h2.Protocols.SetHTTP2(true)
-	u.h2.DialTLSContext = u.dialTLS("h2")
-}
-
-// transport chooses how to speak to the sandbox: HTTP/1.1, and HTTP/2 for
-// gRPC, which cannot do without.
-func (u *upstreams) transport(r *http.Request, port uint16) http.RoundTripper {
-	ct := r.Header.Get("Content-Type")
-	switch {
-	case r.ProtoMajor == 2 && strings.HasPrefix(ct, "application/grpc") && !strings.HasPrefix(ct, "application/grpc-web"):
-		return u.h2
-	case port == envdPort:
-		return u.envd
-	default:
-		return u.user
-	}
 }
 
 // enter looks up a sandbox and counts a request to it. After a nil error the
@@ -146,6 +123,13 @@ func (u *upstreams) enter(ctx context.Context, cat catalog.Catalog, id cay.Sandb
 		u.mu.Unlock()
 		return route, c, nil
 	}
+}
+
+// hold counts a request twice, for a stream that outlives it.
+func (u *upstreams) hold(c *connections) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	c.requests++
 }
 
 func (u *upstreams) leave(c *connections) {
@@ -191,8 +175,6 @@ func (u *upstreams) close() {
 	for _, f := range hooks {
 		f()
 	}
-	u.envd.CloseIdleConnections()
-	u.user.CloseIdleConnections()
 	u.h2.CloseIdleConnections()
 }
 
@@ -209,6 +191,10 @@ func (u *upstreams) end(c *connections) []func() {
 		out = append(out, *f)
 	}
 	clear(c.hooks)
+	for _, w := range c.idle {
+		w.quiet.Stop()
+	}
+	c.idle = nil
 	return out
 }
 
@@ -363,17 +349,3 @@ func notOpen(err error) bool {
 	}
 	return false
 }
-
-// buffers are those of ReverseProxy's copies.
-var buffers bufferPool
-
-type bufferPool struct{ p sync.Pool }
-
-func (b *bufferPool) Get() []byte {
-	if v, ok := b.p.Get().(*[]byte); ok {
-		return *v
-	}
-	return make([]byte, 32<<10)
-}
-
-func (b *bufferPool) Put(buf []byte) { b.p.Put(&buf) }

@@ -244,7 +244,7 @@ func (s *server) open(ctx context.Context) (err error) {
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	s.run, run = errgroup.WithContext(run)
-	s.run.Go(func() error { return s.proxy.Serve(run, s.proxyListener) })
+	s.run.Go(func() error { return s.proxy.Serve(run, s.proxyListener, nil) })
 	s.run.Go(func() error { return s.api.Run(run) })
 	s.run.Go(func() error { return s.api.Serve(run, s.apiListener) })
 
