@@ -118,7 +118,7 @@ func (y *yard) measure(ctx context.Context, b book) (err error) {
 	bare, err := gvisor.NewBare(y.engine(), runtime.Spec{
 		ID: runtime.InstanceID(id), RootFS: root.Path, NetNS: slot.NetNS, Args: []string{y.manifest.Init},
 		Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CAY_CONTROL_TOKEN=bench",
-			"CAY_BUILD=" + string(y.manifest.Build), "CAY_INSTANCE=" + id, "CAY_PIDS=" + strconv.Itoa(guestPIDs)},
+			"CAY_BUILD=" + string(y.manifest.Build), "CAY_INSTANCE=" + id, "CAY_PIDS=" + strconv.Itoa(guestPIDs), "GOMAXPROCS=1"},
 		Hostname: "sandbox",
 		Limits:   runtime.Limits{CPUs: y.manifest.Resources.CPUs, MemoryBytes: int64(y.manifest.Resources.MemoryMB) << 20, PIDs: guestPIDs},
 	})
@@ -260,7 +260,8 @@ func answers(ctx context.Context, at netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{Timeout: time.Second}).DialContext}}
-	for pause := time.Millisecond; ; pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond) {
+	pause := time.Millisecond
+	for n := 0; ; n++ {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+at.String()+"/health", nil)
 		if err != nil {
 			return err
@@ -277,6 +278,9 @@ func answers(ctx context.Context, at netip.AddrPort) error {
 		case <-ctx.Done():
 			return fmt.Errorf("envd at %s does not answer: %w", at, err)
 		case <-time.After(pause):
+			if n >= 30 {
+				pause = min(pause+pause/4+time.Millisecond/2, 25*time.Millisecond)
+			}
 		}
 	}
 }
