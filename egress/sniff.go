@@ -34,6 +34,7 @@ func readHello(conn net.Conn) sniffed {
 	rec := &recorder{Conn: conn}
 	var info *tls.ClientHelloInfo
 	err := tls.Server(rec, &tls.Config{
+		SessionTicketsDisabled: true,
 		GetConfigForClient: func(chi *tls.ClientHelloInfo) (*tls.Config, error) {
 			info = chi
 			return nil, errEnough
