@@ -145,6 +145,7 @@ type NodeSandbox struct {
 	StartedAt   time.Time    `json:"startedAt"`
 	Deadline    time.Time    `json:"deadline"`
 	EnvdVersion string       `json:"envdVersion"`
+	Egress      Egress       `json:"egress"` // without the proxy's password
 	Adopted     bool         `json:"adopted"` // survived a restart of the server
 	// Restored tells that its memory is that of a snapshot. Degraded says why
 	// not, if that was wished for.

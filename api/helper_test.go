@@ -86,7 +86,7 @@ func (n *fakeNode) Create(ctx context.Context, c cay.SandboxConfig) (cay.NodeSan
 		return cay.NodeSandbox{}, err
 	}
 	s := cay.NodeSandbox{Restored: how.restored, Degraded: how.degraded, ID: c.ID, ExecutionID: cay.NewExecutionID(), TeamID: c.TeamID, Template: c.Template, Build: c.Build,
-		Resources: c.Resources, State: cay.StateRunning, StartedAt: n.now(), Deadline: c.Deadline, EnvdVersion: "0.6.13",
+		Resources: c.Resources, State: cay.StateRunning, StartedAt: n.now(), Deadline: c.Deadline, EnvdVersion: "0.6.13", Egress: c.Egress,
 		Host: cay.SandboxOnHost{Runtime: "fake", Address: "10.0.0.2"}}
 	n.live[c.ID] = s
 	return s, nil
@@ -144,9 +144,12 @@ func (n *fakeNode) SetEgress(_ context.Context, id cay.SandboxID, e cay.Egress) 
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, ok := n.live[id]; !ok {
+	s, ok := n.live[id]
+	if !ok {
 		return &cay.Error{Code: cay.CodeSandboxNotFound, Layer: cay.LayerRuntime, Message: "not here"}
 	}
+	s.Egress = e
+	n.live[id] = s
 	c := n.configs[id]
 	c.Egress = e
 	n.configs[id] = c

@@ -41,6 +41,8 @@ type life struct {
 	// turns keep the deadlines of one sandbox in the same order in the store,
 	// in the schedule and on the node.
 	turns [64]sync.Mutex
+	// nets do so for what a sandbox may reach. None is taken with a turn held.
+	nets [64]sync.Mutex
 
 	mu     sync.Mutex
 	ops    map[cay.SandboxID]*op // operations of this process
@@ -83,12 +85,15 @@ func newLife(st store.Store, node cay.Node, now func() time.Time, log *slog.Logg
 func (l *life) now() time.Time { return l.clock.now() }
 
 // turn returns the lock of a sandbox's deadline.
-func (l *life) turn(id cay.SandboxID) *sync.Mutex {
+func (l *life) turn(id cay.SandboxID) *sync.Mutex { return &l.turns[shard(id)] }
+
+// shard spreads sandboxes over 64 locks.
+func shard(id cay.SandboxID) int {
 	var h uint32 = 2166136261
 	for i := range len(id) {
 		h = (h ^ uint32(id[i])) * 16777619
 	}
-	return &l.turns[h%uint32(len(l.turns))]
+	return int(h % 64)
 }
 
 // Reasons why a change of a record is refused. They never leave the package.

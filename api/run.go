@@ -278,6 +278,7 @@ func (l *life) reconcile(ctx context.Context) error {
 			missing = append(missing, r.ID)
 		case r.State == cay.StateRunning:
 			l.adopt(ctx, r, n)
+			l.settleEgress(ctx, r, n)
 		case r.State == cay.StatePaused && !here: // its snapshot is all there is to be
 		case r.State != cay.StateKilling && l.underWay(r.ID) != nil: // in good hands
 		default:

@@ -87,31 +87,35 @@ func (s sandboxHandlers) extend(ctx context.Context, id cay.SandboxID, d time.Du
 	})
 }
 
-// UpdateSandboxNetwork implements the generated interface. Nodes can't change
-// the network of a sandbox that runs, so only what it has already is accepted.
+// UpdateSandboxNetwork implements the generated interface. What is left out is
+// cleared.
 func (s sandboxHandlers) UpdateSandboxNetwork(ctx context.Context, r gen.UpdateSandboxNetworkRequestObject) (gen.UpdateSandboxNetworkResponseObject, error) {
-	rec, err := s.find(ctx, r.SandboxID)
-	if err != nil {
-		return nil, err
-	}
-	if rec.State == cay.StateEnded {
-		return nil, errNoSandbox(rec.ID)
-	}
-	if !rec.State.Runs() {
-		return nil, errOf(&rec)
-	}
-	has, err := egress(s.options(rec).Network, rec.AllowInternet)
+	id, err := cay.ParseSandboxID(r.SandboxID)
 	if err != nil {
 		return nil, err
 	}
 	b := r.Body
-	wants, err := egress(&gen.SandboxNetworkConfig{AllowOut: b.AllowOut, DenyOut: b.DenyOut, EgressProxy: b.EgressProxy, Rules: b.Rules},
-		b.AllowInternetAccess)
+	if b == nil {
+		return nil, invalid("the request has no body", `send a JSON object such as {"denyOut": ["0.0.0.0/0"]}`)
+	}
+	wish := &gen.SandboxNetworkConfig{AllowOut: b.AllowOut, DenyOut: b.DenyOut, EgressProxy: b.EgressProxy, Rules: b.Rules}
+	want, err := egress(wish, b.AllowInternetAccess)
 	if err != nil {
 		return nil, err
 	}
-	if wants.internet != has.internet {
-		return nil, absent("changing the network of a running sandbox", "create a sandbox with the network it shall have")
+	err = s.life.setEgress(ctx, callerOf(ctx).team.ID, id, want.egress, func(rec *store.Sandbox) error {
+		o := s.options(*rec)
+		if o.Network == nil {
+			o.Network = &gen.SandboxNetworkConfig{}
+		}
+		n := o.Network
+		n.AllowOut, n.DenyOut, n.EgressProxy, n.Rules = wish.AllowOut, wish.DenyOut, wish.EgressProxy, wish.Rules
+		rec.AllowInternet = b.AllowInternetAccess
+		rec.Options, err = json.Marshal(o)
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
 	return gen.UpdateSandboxNetwork204Response{}, nil
 }
@@ -177,7 +181,7 @@ func (s *Server) detail(rec store.Sandbox) gen.SandboxDetail {
 		ClientID: clientID, StartedAt: rec.StartedAt, EndAt: endAt(rec), EnvdVersion: rec.EnvdVersion,
 		AllowInternetAccess: rec.AllowInternet, Domain: optional(s.Domain),
 		CpuCount: int32(rec.Resources.CPUs), MemoryMB: int32(rec.Resources.MemoryMB), DiskSizeMB: int32(rec.Resources.DiskMB),
-		Metadata: labels(rec.Metadata), State: publicState[rec.State], Network: o.Network,
+		Metadata: labels(rec.Metadata), State: publicState[rec.State], Network: shown(o.Network),
 		Lifecycle: &gen.SandboxLifecycle{AutoResume: o.AutoResume, OnTimeout: gen.Kill}}
 	if o.AutoPause {
 		out.Lifecycle.OnTimeout = gen.Pause

@@ -176,10 +176,6 @@ func TestCreateRefusals(t *testing.T) {
 		{`{"templateID":"base","iam":{"tokens":{"a":{"audience":"","tokenType":"JWT-SVID"}}}}`, 400, `audience`},
 		{`{"templateID":"base","network":{"denyOut":["example.com"]}}`, 400, `network.denyOut has "example.com"`},
 		{`{"templateID":"base","network":{"allowOut":["example.com"]}}`, 400, `Add 0.0.0.0/0 to network.denyOut`},
-		{`{"templateID":"base","network":{"allowOut":["example.com"],"denyOut":["0.0.0.0/0"]}}`, 501, `network.allowOut`},
-		{`{"templateID":"base","allow_internet_access":false,"network":{"allowOut":["1.1.1.1"]}}`, 501, `network.allowOut`},
-		{`{"templateID":"base","network":{"denyOut":["10.0.0.0/8"]}}`, 501, `network.denyOut`},
-		{`{"templateID":"base","network":{"egressProxy":{"address":"a:1"}}}`, 501, `network.egressProxy`},
 		{`{"templateID":"base","network":{"maskRequestHost":"bücher.de"}}`, 400, `network.maskRequestHost is "bücher.de"`},
 		{`{"templateID":"base","network":{"maskRequestHost":"a b"}}`, 400, `network.maskRequestHost`},
 		{`{"templateID":"base","network":{"maskRequestHost":"a\u000d\u000aX-Evil: 1"}}`, 400, `network.maskRequestHost`},
@@ -187,7 +183,6 @@ func TestCreateRefusals(t *testing.T) {
 		{`{"templateID":"base","network":{"httpsPorts":[0]}}`, 400, `network.httpsPorts`},
 		{`{"templateID":"base","network":{"httpsPorts":[65536]}}`, 400, `network.httpsPorts`},
 		{`{"templateID":"base","network":{"httpsPorts":["443"]}}`, 400, `network.httpsPorts`},
-		{`{"templateID":"base","network":{"rules":{"a.b":[{}]}}}`, 501, `network.rules`},
 		{`{"templateID":"base"`, 400, `the request body is not JSON`},
 		{`[]`, 400, `object`},
 		{``, 400, `the request has no body`},
@@ -414,14 +409,4 @@ func testLogs(t *testing.T, f *fixture) {
 			t.Errorf("%q: %s", query, d)
 		}
 	}
-}
-
-func TestNetworkUpdate(t *testing.T) {
-	f := newFixture(t)
-	id := string(f.create(""))
-	f.want(204, f.request("PUT", "/sandboxes/"+id+"/network", `{}`))
-	f.want(204, f.request("PUT", "/sandboxes/"+id+"/network", `{"allow_internet_access":true}`))
-	f.want(501, f.request("PUT", "/sandboxes/"+id+"/network", `{"allow_internet_access":false}`))
-	f.want(501, f.request("PUT", "/sandboxes/"+id+"/network", `{"denyOut":["0.0.0.0/0"]}`))
-	f.want(400, f.request("PUT", "/sandboxes/"+id+"/network", `{"denyOut":["a.b"]}`))
 }

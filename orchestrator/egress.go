@@ -17,12 +17,12 @@ import (
 type Names interface {
 	// Attach begins to serve a guest; it takes possession of the sockets, also
 	// with an error.
-	Attach(ctx context.Context, g egress.Guest) error
-	// SetPolicy changes the policy of a guest, for what is open too.
-	SetPolicy(e cay.ExecutionID, p cay.Egress) error
+	Attach(g egress.Guest) error
+	// Update changes the policy of a guest, for what is open too.
+	Update(e cay.ExecutionID, p cay.Egress) error
 	// Detach ends what is open and closes the sockets; an unknown guest is no
 	// error.
-	Detach(e cay.ExecutionID)
+	Detach(e cay.ExecutionID) error
 }
 
 var errNoNames = &cay.Error{Code: cay.CodeNotImplemented, Layer: cay.LayerNetwork,
@@ -92,14 +92,16 @@ func (o *Orchestrator) confine(ctx context.Context, g *guest, c confined) error 
 // to take it.
 func (o *Orchestrator) enforce(ctx context.Context, g *guest, c confined) error {
 	if g.named && !c.egress.Named() {
-		o.Names.Detach(g.rec.Execution)
+		if err := o.Names.Detach(g.rec.Execution); err != nil {
+			return err
+		}
 		g.named = false
 	}
 	if err := o.Slots.SetPolicy(ctx, g.rec.Slot, c.egress); err != nil {
 		return err
 	}
 	if g.named {
-		return o.Names.SetPolicy(g.rec.Execution, c.egress)
+		return o.Names.Update(g.rec.Execution, c.egress)
 	}
 	return o.attach(ctx, g, c)
 }
@@ -118,9 +120,10 @@ func (o *Orchestrator) attach(ctx context.Context, g *guest, c confined) error {
 	if err != nil {
 		return err
 	}
-	err = o.Names.Attach(ctx, egress.Guest{Execution: g.rec.Execution, Sandbox: c.sandbox, Team: c.team, Policy: c.egress,
+	err = o.Names.Attach(egress.Guest{Execution: g.rec.Execution, Sandbox: c.sandbox, Team: c.team, Policy: c.egress,
 		TCP: d.TCP, DNS: d.DNS, DNSTCP: d.DNSTCP, Destination: network.Destination,
-		Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return o.Slots.Dial(ctx, slot, to) }})
+		Dial:   func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return o.Slots.Dial(ctx, slot, to) },
+		Report: func(r cay.EgressRefusal) { o.Slots.NoteRefusal(slot, r) }})
 	if err != nil {
 		return err
 	}
@@ -134,7 +137,9 @@ func (o *Orchestrator) detach(ctx context.Context, g *guest) []cay.EgressRefusal
 	g.net.Lock()
 	defer g.net.Unlock()
 	if g.named {
-		o.Names.Detach(g.rec.Execution)
+		if err := o.Names.Detach(g.rec.Execution); err != nil {
+			o.log().Warn("closing what an ended sandbox had open", "execution", g.rec.Execution, "error", err)
+		}
 		g.named = false
 	}
 	if g.rec.Slot < 0 {
@@ -185,18 +190,4 @@ func (o *Orchestrator) EgressLog(ctx context.Context, id cay.SandboxID, seq uint
 		return nil, nil
 	}
 	return p.refused[i:], nil
-}
-
-// NoteRefusal takes what Names has refused into the log of its sandbox.
-func (o *Orchestrator) NoteRefusal(r egress.Refusal) {
-	o.mu.Lock()
-	g := o.guests[r.Execution]
-	slot := -1
-	if g != nil {
-		slot = g.rec.Slot
-	}
-	o.mu.Unlock()
-	if slot >= 0 {
-		o.Slots.NoteRefusal(slot, cay.EgressRefusal{First: r.At, Protocol: r.Protocol, Destination: r.Destination, Name: r.Name, Rule: r.Rule, Reason: r.Reason})
-	}
 }

@@ -93,7 +93,7 @@ type names struct {
 	fail   error
 }
 
-func (n *names) Attach(_ context.Context, g egress.Guest) error {
+func (n *names) Attach(g egress.Guest) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.fail != nil {
@@ -106,7 +106,7 @@ func (n *names) Attach(_ context.Context, g egress.Guest) error {
 	return nil
 }
 
-func (n *names) SetPolicy(e cay.ExecutionID, p cay.Egress) error {
+func (n *names) Update(e cay.ExecutionID, p cay.Egress) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	g, ok := n.serves[e]
@@ -118,10 +118,11 @@ func (n *names) SetPolicy(e cay.ExecutionID, p cay.Egress) error {
 	return nil
 }
 
-func (n *names) Detach(e cay.ExecutionID) {
+func (n *names) Detach(e cay.ExecutionID) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	delete(n.serves, e)
+	return nil
 }
 
 func (n *names) all() []egress.Guest {
@@ -289,12 +290,14 @@ func TestEgressOldRecord(t *testing.T) {
 func TestEgressLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
-		o, _ := openNamed(t, w, t.TempDir(), 0)
+		o, n := openNamed(t, w, t.TempDir(), 0)
 		defer o.Close()
-		s := mustCreate(t, o, "i1")
+		mustCreate(t, o, "i1")
+		if err := o.SetEgress(t.Context(), "i1", named); err != nil {
+			t.Fatal(err)
+		}
 		slots{w}.NoteRefusal(slotOf(t, o, "i1"), cay.EgressRefusal{Protocol: "udp", Rule: "0.0.0.0/0"})
-		o.NoteRefusal(egress.Refusal{Execution: s.ExecutionID, Protocol: "tls", Name: "evil.example", Rule: "names", Reason: "because"})
-		o.NoteRefusal(egress.Refusal{Execution: "xgone", Protocol: "tls"})
+		n.all()[0].Report(cay.EgressRefusal{Protocol: "tls", Name: "evil.example", Rule: "names", Reason: "because"})
 		want := []cay.EgressRefusal{{Seq: 1, Count: 1, Protocol: "udp", Rule: "0.0.0.0/0"},
 			{Seq: 2, Count: 1, Protocol: "tls", Name: "evil.example", Rule: "names", Reason: "because"}}
 		check := func() {

@@ -504,7 +504,7 @@ func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
 	r := g.rec
 	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
 		Build: r.Build, Resources: r.Resources, State: cay.StateRunning, StartedAt: r.StartedAt, Deadline: r.Deadline,
-		EnvdVersion: r.EnvdVersion, Adopted: g.adopted, Restored: r.Restored, Degraded: r.Degraded,
+		EnvdVersion: r.EnvdVersion, Egress: r.seenEgress(), Adopted: g.adopted, Restored: r.Restored, Degraded: r.Degraded,
 		Host: cay.SandboxOnHost{Runtime: o.runtimeName, RuntimeVersion: r.Engine.Version, Container: string(r.Execution), Address: r.Addr,
 			NetNS: r.NetNS, RootFS: r.RootFS, DiskImage: r.DiskImage}}
 }

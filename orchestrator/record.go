@@ -117,6 +117,15 @@ func (r record) egress() cay.Egress {
 	return e
 }
 
+// seenEgress is the policy for whoever looks.
+func (r record) seenEgress() cay.Egress {
+	e := r.egress()
+	if e.Proxy != nil {
+		e.Proxy.Password = "" // a copy of egress's
+	}
+	return e
+}
+
 // records keeps record files in one directory.
 type records struct{ dir string }
 
