@@ -3,13 +3,10 @@ package api
 import (
 	"container/heap"
 	"context"
-	"errors"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/cayhq/cay"
-	"github.com/cayhq/cay/store"
 )
 
 // maxStep is the greatest difference between wall clock and monotonic clock
@@ -57,7 +54,9 @@ func (c *clock) now() time.Time {
 // counting are the states in which a deadline counts, or will in a moment.
 var counting = []cay.SandboxState{cay.StateStarting, cay.StateRunning, cay.StatePausing, cay.StateResuming, cay.StateSnapshotting}
 
-// rebase moves every deadline by a step of the wall clock.
+// rebase moves every deadline by a step of the wall clock: in one step, so that
+// a crash leaves all of them moved or none, and while it is done nobody learns
+// the new time.
 func (l *life) rebase(step time.Duration) {
 	step = step.Round(time.Microsecond)
 	l.mu.Lock()
@@ -66,24 +65,12 @@ func (l *life) rebase(step time.Duration) {
 	l.wake()
 	ctx, stop := context.WithTimeout(context.Background(), recordTimeout)
 	defer stop()
-	rows, err := l.store.ListSandboxes(ctx, store.SandboxFilter{States: counting})
+	n, err := l.store.MoveDeadlines(ctx, step, counting...)
 	if err != nil {
-		l.log.Error("the wall clock was set; reading the deadlines to move them", "step", step, "error", err)
+		l.log.Error("the wall clock was set; moving the deadlines with it", "step", step, "error", err)
 		return
 	}
-	l.log.Warn("the wall clock was set or the machine slept; every deadline moves with it", "step", step, "sandboxes", len(rows))
-	for _, r := range rows {
-		_, err := l.update(ctx, r.ID, func(s *store.Sandbox) error {
-			if !slices.Contains(counting, s.State) {
-				return errNotMoved
-			}
-			s.Deadline, s.MaxDeadline = s.Deadline.Add(step), s.MaxDeadline.Add(step)
-			return nil
-		})
-		if err != nil && !errors.Is(err, errNotMoved) {
-			l.log.Error("moving a deadline after the wall clock was set", "sandbox", r.ID, "error", err)
-		}
-	}
+	l.log.Warn("the wall clock was set or the machine slept; every deadline moves with it", "step", step, "sandboxes", n)
 }
 
 // schedule says when each sandbox is to be looked at next: at its deadline, or

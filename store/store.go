@@ -273,6 +273,9 @@ type Sandboxes interface {
 	// CountSandboxes returns how many sandboxes in the states a team has; no
 	// state is every live one, an empty team every team.
 	CountSandboxes(ctx context.Context, team cay.TeamID, states ...cay.SandboxState) (int, error)
+	// MoveDeadlines adds a step to Deadline and MaxDeadline of every sandbox in
+	// one of the states, in one step, and returns how many those are.
+	MoveDeadlines(ctx context.Context, step time.Duration, states ...cay.SandboxState) (int, error)
 	// PruneSandboxes removes the records of sandboxes that ended before t, and
 	// returns how many.
 	PruneSandboxes(ctx context.Context, t time.Time) (int, error)

@@ -135,6 +135,7 @@ func TestFlush(t *testing.T) {
 		{"UpdateSandbox", 1, func() error { _, err := s.UpdateSandbox(ctx, "i1", run); return err }},
 		{"UpdateSandbox of nothing", 0, func() error { _, err := s.UpdateSandbox(ctx, "i1", run); return err }},
 		{"FindSandbox", 0, func() error { _, err := s.FindSandbox(ctx, "t", "i1"); return err }},
+		{"MoveDeadlines", 1, func() error { _, err := s.MoveDeadlines(ctx, time.Hour, cay.StateRunning); return err }},
 		{"PruneSandboxes", 0, func() error { _, err := s.PruneSandboxes(ctx, time.Now()); return err }},
 	} {
 		flushes = 0

@@ -312,6 +312,20 @@ func (s *Store) CountSandboxes(ctx context.Context, t cay.TeamID, states ...cay.
 	return int(n), err
 }
 
+// MoveDeadlines implements [store.Sandboxes].
+func (s *Store) MoveDeadlines(ctx context.Context, step time.Duration, states ...cay.SandboxState) (int, error) {
+	in, err := statesJSON(states)
+	if err != nil {
+		return 0, s.fail("move the deadlines", err)
+	}
+	var n int64
+	err = s.write(ctx, "move the deadlines", flushed, func(ctx context.Context, q *gen.Queries) (err error) {
+		n, err = q.MoveDeadlines(ctx, gen.MoveDeadlinesParams{Step: step.Microseconds(), States: in})
+		return err
+	})
+	return int(n), err
+}
+
 // PruneSandboxes implements [store.Sandboxes].
 func (s *Store) PruneSandboxes(ctx context.Context, t time.Time) (int, error) {
 	var n int64

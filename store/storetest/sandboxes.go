@@ -567,6 +567,40 @@ func count(f fixture) {
 	}
 }
 
+func moveDeadlines(f fixture) {
+	ctx := f.Context()
+	f.base(1)
+	states := []cay.SandboxState{cay.StateRunning, cay.StateStarting, cay.StatePaused, cay.StateEnded}
+	var before []store.Sandbox
+	for i, state := range states {
+		sb := newSandbox(i, 0)
+		sb.State = state
+		if state == cay.StateEnded {
+			end(kept)(&sb)
+		}
+		f.add(sb)
+		sb, err := f.FindSandbox(ctx, "", sb.ID)
+		f.must(err)
+		before = append(before, sb)
+	}
+	for _, step := range []time.Duration{-time.Hour, time.Hour, 0} {
+		n, err := f.MoveDeadlines(ctx, step, cay.StateRunning, cay.StateStarting, cay.StateEnded)
+		f.must(err)
+		same(f, "moved", 2, n)
+		for i := range before {
+			if i < 2 {
+				before[i].Deadline, before[i].MaxDeadline = before[i].Deadline.Add(step), before[i].MaxDeadline.Add(step)
+			}
+			got, err := f.FindSandbox(ctx, "", before[i].ID)
+			f.must(err)
+			same(f, string(states[i]), before[i], got)
+		}
+	}
+	n, err := f.MoveDeadlines(ctx, time.Hour, cay.StatePausing)
+	f.must(err)
+	same(f, "moved where there are none", 0, n)
+}
+
 func prune(f fixture) {
 	ctx := f.Context()
 	f.base(1)

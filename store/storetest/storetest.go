@@ -50,10 +50,15 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"pages", pages},
 		{"pages while writing", pagesWhileWriting},
 		{"count", count},
+		{"move deadlines", moveDeadlines},
 		{"prune", prune},
 		{"snapshot round trip", snapshotRoundTrip},
 		{"snapshot references", snapshotReferences},
 		{"snapshot lists", snapshotLists},
+		{"secret round trip", secretRoundTrip},
+		{"secret versions", secretVersions},
+		{"secret lists", secretLists},
+		{"secrets sealed anew", secretsResealed},
 		{"runs", runs},
 		{"admit", admit},
 		{"foreign is absent", foreign},
@@ -351,9 +356,22 @@ func outcomes(f fixture, ctx context.Context) map[string]error {
 	_, out["FindSnapshot"] = f.FindSnapshot(ctx, teamID(0), store.TemplateRef{Name: "mine"})
 	_, out["ListSnapshots"] = f.ListSnapshots(ctx, store.SnapshotFilter{})
 	out["DeleteSnapshot"] = f.DeleteSnapshot(ctx, teamID(0), snapshotID(1))
+	out["AddSecret"] = f.AddSecret(ctx, newSecret(2, 0), value("k1", 1))
+	_, _, out["FindSecret"] = f.FindSecret(ctx, teamID(0), "mine")
+	_, out["UpdateSecret"] = f.UpdateSecret(ctx, teamID(0), "mine", func(*store.Secret) (store.Sealed, error) {
+		f.Error("UpdateSecret called seal")
+		return store.Sealed{}, nil
+	})
+	_, out["ListSecrets"] = f.ListSecrets(ctx, teamID(0), store.Cursor{}, 0)
+	out["DeleteSecret"] = f.DeleteSecret(ctx, teamID(0), "mine")
+	out["ResealSecrets"] = f.ResealSecrets(ctx, "k2", func(store.Secret, store.Sealed) (store.Sealed, error) {
+		f.Error("ResealSecrets called reseal")
+		return store.Sealed{}, nil
+	})
 	_, out["ListSandboxes"] = f.ListSandboxes(ctx, store.SandboxFilter{})
 	_, out["ListSandboxes upwards"] = f.ListSandboxes(ctx, store.SandboxFilter{Ascending: true})
 	_, out["CountSandboxes"] = f.CountSandboxes(ctx, teamID(0))
+	_, out["MoveDeadlines"] = f.MoveDeadlines(ctx, time.Hour, cay.StateRunning)
 	_, out["PruneSandboxes"] = f.PruneSandboxes(ctx, noon.Add(time.Hour))
 	return out
 }

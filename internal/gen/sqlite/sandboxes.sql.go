@@ -363,6 +363,24 @@ func (q *Queries) ListSandboxesUp(ctx context.Context, arg ListSandboxesUpParams
 	return items, nil
 }
 
+const moveDeadlines = `-- name: MoveDeadlines :execrows
+UPDATE sandboxes SET deadline = deadline + ?1, max_deadline = max_deadline + ?1
+WHERE state <> 'ended' AND state IN (SELECT value FROM json_each(CAST(?2 AS TEXT)))
+`
+
+type MoveDeadlinesParams struct {
+	Step   int64
+	States string
+}
+
+func (q *Queries) MoveDeadlines(ctx context.Context, arg MoveDeadlinesParams) (int64, error) {
+	result, err := q.db.ExecContext(ctx, moveDeadlines, arg.Step, arg.States)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected()
+}
+
 const pruneSandboxes = `-- name: PruneSandboxes :execrows
 DELETE FROM sandboxes WHERE state = 'ended' AND ended_at < ?1
 `

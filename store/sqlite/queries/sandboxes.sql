@@ -69,5 +69,9 @@ SELECT count(*) FROM sandboxes
 WHERE (CAST(@team_id AS TEXT) = '' OR team_id = @team_id)
   AND state IN (SELECT value FROM json_each(CAST(@states AS TEXT)));
 
+-- name: MoveDeadlines :execrows
+UPDATE sandboxes SET deadline = deadline + @step, max_deadline = max_deadline + @step
+WHERE state <> 'ended' AND state IN (SELECT value FROM json_each(CAST(@states AS TEXT)));
+
 -- name: PruneSandboxes :execrows
 DELETE FROM sandboxes WHERE state = 'ended' AND ended_at < @before;
