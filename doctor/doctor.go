@@ -117,6 +117,13 @@ type Template struct {
 	Err error
 }
 
+// Certificate is what the server shows to clients of HTTPS.
+type Certificate struct {
+	Issuer    string
+	Left      time.Duration // until it ends
+	Untrusted bool          // by this machine
+}
+
 // Trial drives one sandbox through its life, by the way clients take. The
 // methods are called in this order; Kill also after a failure.
 type Trial interface {
@@ -140,10 +147,12 @@ type Doctor struct {
 	// DataDir is an absolute path; it need not exist yet.
 	DataDir            string
 	APIAddr, ProxyAddr string
-	Domain             string
-	CIDR               netip.Prefix
-	ReserveBytes       int64 // free space that new sandboxes leave
-	MemoryMB           int   // of a sandbox of the base template
+	// TLSAddr is where HTTPS is; empty: nowhere.
+	TLSAddr      string
+	Domain       string
+	CIDR         netip.Prefix
+	ReserveBytes int64 // free space that new sandboxes leave
+	MemoryMB     int   // of a sandbox of the base template
 
 	// Server is nil when none is ready.
 	Server *Server
@@ -171,6 +180,9 @@ type Doctor struct {
 	Blobs     func(context.Context) (blob.Store, error)
 	Owned     func(context.Context) (Owned, error)
 	Templates func(ctx context.Context, digests bool) ([]Template, error)
+	// Certificate makes a handshake with the server, for a sandbox of Domain.
+	// An error is a handshake that fails, or a certificate for something else.
+	Certificate func(context.Context) (Certificate, error)
 	// Trial is nil when no server runs.
 	Trial Trial
 

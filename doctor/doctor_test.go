@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -147,6 +148,15 @@ func TestMachines(t *testing.T) {
 				return nil, fmt.Errorf("lookup %s: no such host", name)
 			}
 		}, id: "network.domain", verdict: Fail, evidence: "3000-doctor.sbx.example.com does not resolve", repair: "*.sbx.example.com"},
+		{name: "local domain", tree: good(), set: func(d *Doctor) {
+			d.Domain = "sbx.localhost"
+			d.LookupHost = func(context.Context, string) ([]string, error) { return nil, errors.New("no such host") }
+		}, id: "network.domain", verdict: Warn, evidence: "browsers and curl", repair: "libnss-myhostname"},
+		{name: "no certificate", tree: good(), id: "network.certificate", verdict: OK, evidence: "left to a proxy in front"},
+		{name: "a certificate fails", tree: good(), set: certificateOf(Certificate{}, errors.New("it is for [a.b] and not for *.x")), id: "network.certificate", verdict: Fail, evidence: "not for *.x", repair: "part=certificate"},
+		{name: "a certificate ends", tree: good(), set: certificateOf(Certificate{Issuer: "CN=R3", Left: 50 * time.Hour}, nil), id: "network.certificate", verdict: Warn, evidence: "ends in 50 hours", repair: "renew"},
+		{name: "a certificate that is not trusted", tree: good(), set: certificateOf(Certificate{Issuer: "CN=R3", Left: 900 * time.Hour, Untrusted: true}, nil), id: "network.certificate", verdict: Warn, evidence: "does not trust", repair: "cay trust"},
+		{name: "a certificate", tree: good(), set: certificateOf(Certificate{Issuer: "CN=R3", Left: 900 * time.Hour}, nil), id: "network.certificate", verdict: OK, evidence: "37 more days"},
 		{name: "domain", tree: good(), set: func(d *Doctor) { d.Domain = "sbx.example.com" }, id: "network.domain", verdict: OK, evidence: "127.0.0.1"},
 		{name: "full connection table", tree: good().with(tree{"proc/sys/net/netfilter/nf_conntrack_count": "250000"}), id: "network.conntrack", verdict: Warn, evidence: "250000 of 262144", repair: "nf_conntrack_max=1048576"},
 		{name: "a slot fails", tree: good(), set: func(d *Doctor) { d.TrySlot = func(context.Context) (string, error) { return "", errTyped } }, id: "network.slot", verdict: Fail, evidence: "the layer sha256:12 is gone", repair: "build it again"},
@@ -281,4 +291,13 @@ func TestHangingCheck(t *testing.T) {
 		}
 		close(release)
 	})
+}
+
+// certificateOf is a server that shows a certificate.
+func certificateOf(c Certificate, err error) func(*Doctor) {
+	return func(d *Doctor) {
+		running(5)(d)
+		d.TLSAddr = "127.0.0.1:1"
+		d.Certificate = func(context.Context) (Certificate, error) { return c, err }
+	}
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cayhq/cay/network"
 )
@@ -24,6 +25,7 @@ var networkChecks = []check{
 	{id: "network.range", title: "address range", run: checkRange},
 	{id: "network.resolver", title: "name servers", run: checkResolver},
 	{id: "network.domain", title: "sandbox domain", run: checkDomain},
+	{id: "network.certificate", title: "certificate", run: checkCertificate},
 	{id: "network.conntrack", title: "connection table", run: checkConntrack},
 	{id: "network.slot", title: "network of a sandbox", run: needRoot(checkSlot), alone: true},
 }
@@ -43,7 +45,10 @@ func checkPorts(_ context.Context, d *Doctor) Finding {
 		return skip("/proc cannot be read: %v", err)
 	}
 	var free, ours []string
-	for _, p := range []struct{ what, flag, addr string }{{"API", "--api-addr", d.APIAddr}, {"proxy", "--proxy-addr", d.ProxyAddr}} {
+	for _, p := range []struct{ what, flag, addr string }{{"API", "--api-addr", d.APIAddr}, {"proxy", "--proxy-addr", d.ProxyAddr}, {"HTTPS", "--tls-addr", d.TLSAddr}} {
+		if p.addr == "" {
+			continue // it is not used
+		}
 		if _, port, err := net.SplitHostPort(p.addr); err != nil || port == "0" {
 			continue // any free port will do
 		}
@@ -233,11 +238,40 @@ func checkDomain(ctx context.Context, d *Doctor) Finding {
 	}
 	name := "3000-doctor." + d.Domain
 	got, err := d.LookupHost(ctx, name)
+	if err != nil && (d.Domain == "localhost" || strings.HasSuffix(d.Domain, ".localhost")) {
+		return warn(name+" does not resolve here; browsers and curl know what it means, Node and Python ask the system",
+			"install libnss-myhostname (nss-myhostname), or leave E2B_DOMAIN unset and use the exports of `cay env`")
+	}
 	if err != nil {
 		return fail(fmt.Sprintf("%s does not resolve: %v", name, err),
 			fmt.Sprintf("make a wildcard record *.%s that points to this machine; for a trial on one machine, leave --domain empty", d.Domain))
 	}
 	return ok("*.%s resolves to %s", d.Domain, strings.Join(got, ", "))
+}
+
+// renewal is how long before its end a certificate should have a successor.
+const renewal = 14 * 24 * time.Hour
+
+func checkCertificate(ctx context.Context, d *Doctor) Finding {
+	if d.TLSAddr == "" {
+		return ok("none; HTTPS is left to a proxy in front, or not used")
+	}
+	if d.Server == nil || d.Certificate == nil {
+		return skip("the server does not run")
+	}
+	c, err := d.Certificate(ctx)
+	switch {
+	case err != nil:
+		return fail(fmt.Sprintf("HTTPS at %s: %v", d.TLSAddr, err),
+			"look at the server's log for part=certificate; with files, see that they are those of the domain")
+	case c.Left < renewal:
+		return warn(fmt.Sprintf("the certificate of %s ends in %d hours", c.Issuer, int(c.Left.Hours())),
+			"whatever renews it has not: look at the server's log for part=certificate, or at what writes the files")
+	case c.Untrusted:
+		return warn(fmt.Sprintf("the certificate is of %s, which this machine does not trust", c.Issuer),
+			"`cay trust`, here and where clients run; or give clients the authority's file")
+	}
+	return ok("of %s, for %d more days", c.Issuer, int(c.Left.Hours()/24))
 }
 
 func checkConntrack(_ context.Context, d *Doctor) Finding {

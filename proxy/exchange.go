@@ -122,7 +122,7 @@ func (a *reply) end(whole bool) {
 		a.keep(w)
 		return
 	}
-	w.close()
+	go w.close() // a system call that the client need not wait for
 }
 
 // longAgo breaks off what waits for a connection.

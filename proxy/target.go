@@ -61,6 +61,16 @@ func parseTarget(host string, h http.Header, domain string) (target, error) {
 	return t, nil
 }
 
+// SandboxOf returns the sandbox that a host name names.
+func SandboxOf(host string) (cay.SandboxID, bool) {
+	name, err := hostname(host)
+	if err != nil {
+		return "", false
+	}
+	t, err := hostTarget(name)
+	return t.sandbox, err == nil
+}
+
 // hostname returns a Host without its port, its brackets and one final dot.
 func hostname(host string) (string, error) {
 	name, port := host, ""

@@ -43,10 +43,15 @@ type credentials struct {
 // serverInfo says where the server of a data directory listens. It is written
 // when the server is ready and removed when it stops.
 type serverInfo struct {
-	PID       int       `json:"pid"`
-	Version   string    `json:"version"`
-	APIURL    string    `json:"apiURL"`
-	ProxyURL  string    `json:"proxyURL"`
+	PID      int    `json:"pid"`
+	Version  string `json:"version"`
+	APIURL   string `json:"apiURL"`
+	ProxyURL string `json:"proxyURL"`
+	// Domain is that of sandbox URLs over HTTPS, with a port unless it is 443,
+	// and CAFile the authority that vouches for it, if it is our own.
+	Domain    string    `json:"domain,omitempty"`
+	CAFile    string    `json:"caFile,omitempty"`
+	TLSAddr   string    `json:"tlsAddr,omitempty"`
 	StartedAt time.Time `json:"startedAt"`
 }
 

@@ -82,6 +82,9 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 	h := newHost(dir, cfg, log, nil) // for the names of things; nothing of it is opened
 	d := doctor.New(cfg.DataDir, h.nets.NamespaceDir, h.nets.StateDir)
 	d.APIAddr, d.ProxyAddr, d.Domain, d.CIDR = cfg.APIAddr, cfg.ProxyAddr, cfg.Domain, cfg.SandboxCIDR
+	if cfg.Certificates != certificatesOff {
+		d.TLSAddr = cfg.TLSAddr
+	}
 	d.ReserveBytes, d.MemoryMB = int64(cfg.DiskReserveMB)<<20, cfg.MemoryMB
 	d.Tag = h.nets.Tag
 	d.InstanceDir, d.CgroupParent = gvisor.HostNames(dir.path("run", "gvisor"))
@@ -95,6 +98,11 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 		}
 		d.Server = &doctor.Server{PID: s.PID, Health: client.Health}
 		d.Trial = cli.NewTrial(client, baseTemplate)
+		if info, err := dir.readServer(); err == nil && info.Domain != "" {
+			d.Domain = domainOnly(info.Domain)
+			d.TLSAddr = info.TLSAddr
+			d.Certificate = handshake(info)
+		}
 		d.APIAddr, d.ProxyAddr = strings.TrimPrefix(s.APIURL, "http://"), strings.TrimPrefix(s.ProxyURL, "http://")
 	}
 	d.Starting = dir.starting()

@@ -53,7 +53,7 @@ func run(args []string, in io.Reader, out, errw io.Writer) int {
 
 func newRootCmd(a *app) *cobra.Command {
 	root := a.client().Root()
-	root.AddCommand(newUpCmd(a), newDownCmd(a), newDoctorCmd(a), newSuperviseCmd(a))
+	root.AddCommand(newUpCmd(a), newDownCmd(a), newDoctorCmd(a), newTrustCmd(a), newSuperviseCmd(a))
 	cli.Finish(root)
 	return root
 }

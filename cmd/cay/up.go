@@ -28,7 +28,9 @@ them with their processes, open ports and deadlines. "cay down" ends them.`,
 		Example: `  cay up
   cay up --detach
   cay up --data-dir /srv/cay --api-addr 127.0.0.1:3000 --proxy-addr 127.0.0.1:3002
-  cay up --api-addr 127.0.0.1:0 --proxy-addr 127.0.0.1:0   # pick free ports`,
+  cay up --api-addr 127.0.0.1:0 --proxy-addr 127.0.0.1:0   # pick free ports
+  cay up --domain sbx.localhost --certificates local
+  cay up --domain sbx.example.com --certificates acme --acme-dns rfc2136:192.0.2.1:53 --acme-dns-key /etc/cay/tsig.key --tls-addr :443`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if background {
@@ -77,8 +79,20 @@ func (a *app) upDetached(cmd *cobra.Command) error {
 // printReady prints what a user needs next: one line that says ready, and the
 // exports that point the official clients here.
 func printReady(w io.Writer, info serverInfo, c credentials) {
-	fmt.Fprintf(w, "ready api=%s proxy=%s pid=%d version=%s\n", info.APIURL, info.ProxyURL, info.PID, info.Version)
+	https := ""
+	if info.Domain != "" {
+		https = " https=https://api." + info.Domain
+	}
+	fmt.Fprintf(w, "ready api=%s proxy=%s%s pid=%d version=%s\n", info.APIURL, info.ProxyURL, https, info.PID, info.Version)
 	fmt.Fprintf(w, "export E2B_API_KEY=%s\nexport E2B_API_URL=%s\nexport E2B_SANDBOX_URL=%s\n", c.APIKey, info.APIURL, info.ProxyURL)
+	if info.Domain == "" {
+		return
+	}
+	fmt.Fprintf(w, "# Over HTTPS, with URLs of sandboxes, where *.%s leads here: E2B_DOMAIN instead of the two URLs.\n# export E2B_DOMAIN=%s\n",
+		domainOnly(info.Domain), info.Domain)
+	if info.CAFile != "" {
+		fmt.Fprintf(w, "# Its certificates are this machine's own: `cay trust`, and for Node and Python\n# export NODE_EXTRA_CA_CERTS=%s SSL_CERT_FILE=%s\n", info.CAFile, info.CAFile)
+	}
 }
 
 // up runs the server until a signal or a failure.

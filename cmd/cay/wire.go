@@ -22,6 +22,7 @@ import (
 	"github.com/cayhq/cay/blob"
 	"github.com/cayhq/cay/blob/file"
 	"github.com/cayhq/cay/catalog/memory"
+	"github.com/cayhq/cay/certificate"
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/doctor"
 	"github.com/cayhq/cay/internal/settings"
@@ -184,7 +185,9 @@ type server struct {
 	api   *api.Server
 	proxy *proxy.Server
 
-	apiListener, proxyListener net.Listener
+	apiListener, proxyListener, tlsListener net.Listener // the last may be nil
+
+	certificates certificate.Source // nil without a domain of our own
 
 	run    *errgroup.Group
 	cancel context.CancelFunc
@@ -217,13 +220,19 @@ func (s *server) open(ctx context.Context) (err error) {
 	if s.proxyListener, err = listen("proxy", "--proxy-addr", s.cfg.ProxyAddr); err != nil {
 		return err
 	}
+	if s.cfg.Certificates != certificatesOff {
+		if s.tlsListener, err = listen("HTTPS", "--tls-addr", s.cfg.TLSAddr); err != nil {
+			return err
+		}
+	}
 	if s.creds, err = s.dir.loadCredentials(); err != nil {
 		return err
 	}
 	s.info = serverInfo{PID: os.Getpid(), Version: cay.Version, StartedAt: time.Now().UTC(),
 		APIURL: "http://" + s.apiListener.Addr().String(), ProxyURL: "http://" + s.proxyListener.Addr().String()}
 
-	s.proxy = &proxy.Server{Domain: s.cfg.Domain, Log: s.log.With("part", "proxy")}
+	s.proxy = &proxy.Server{Domain: s.cfg.Domain, MaxConns: s.cfg.MaxConns, MaxPerClient: s.cfg.MaxPerClient,
+		Log: s.log.With("part", "proxy")}
 	s.host = newHost(s.dir, s.cfg, s.log, s.proxy)
 	s.proxy.Catalog = s.host.orch.Catalog
 	s.proxy.ResolveSignature = signatures{seed: cay.Secret(s.creds.Seed), list: s.host.orch.List}.resolve
@@ -239,12 +248,15 @@ func (s *server) open(ctx context.Context) (err error) {
 	}
 	s.api = newAPI(s)
 	s.proxy.Wake = waker(s.api)
+	if err := s.openEdge(ctx); err != nil {
+		return err
+	}
 
 	// Background work ends with close, not with the start's context.
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	s.run, run = errgroup.WithContext(run)
-	s.run.Go(func() error { return s.proxy.Serve(run, s.proxyListener, nil) })
+	s.run.Go(func() error { return s.proxy.Serve(run, s.proxyListener, s.tlsListener) })
 	s.run.Go(func() error { return s.api.Run(run) })
 	s.run.Go(func() error { return s.api.Serve(run, s.apiListener) })
 
@@ -292,7 +304,12 @@ func (s *server) close() {
 			s.log.Error("closing the store", "error", err)
 		}
 	}
-	for _, l := range []net.Listener{s.apiListener, s.proxyListener} {
+	if s.certificates != nil {
+		if err := s.certificates.Close(); err != nil {
+			s.log.Error("closing the certificates", "error", err)
+		}
+	}
+	for _, l := range []net.Listener{s.apiListener, s.proxyListener, s.tlsListener} {
 		if l != nil {
 			_ = l.Close() // closed already when it was served
 		}

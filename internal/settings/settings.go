@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,7 +26,20 @@ type Settings struct {
 	APIAddr       string
 	ProxyAddr     string
 	Domain        string // of sandbox URLs; empty: none
-	PoolSize      int    // guests booted ahead per hot build
+	Certificates  string // where those of Domain come from: off, files, local, acme
+	TLSAddr       string
+	CertFile      string
+	KeyFile       string
+	RedirectHTTP  string // on, off
+	ACMEEmail     string
+	ACMEDirectory string // empty: Let's Encrypt's
+	ACMERoots     string
+	ACMEDNS       string // "", rfc2136:<host:port>, exec:<path>
+	ACMEDNSKey    string
+	ACMEResolver  string
+	MaxConns      int // of clients of the proxy; 0: as many as the process can have
+	MaxPerClient  int // of one address of them; 0: half
+	PoolSize      int // guests booted ahead per hot build
 	SandboxCIDR   netip.Prefix
 	MaxSandboxes  int
 	DiskReserveMB int
@@ -65,6 +79,20 @@ var Table = []Setting{
 	text("api-addr", "127.0.0.1:3000", "address of the API; port 0 picks a free one", func(s *Settings) *string { return &s.APIAddr }, hostPort),
 	text("proxy-addr", "127.0.0.1:3002", "address of the sandbox proxy; port 0 picks a free one", func(s *Settings) *string { return &s.ProxyAddr }, hostPort),
 	text("domain", "", "domain of sandbox URLs, as in 3000-<id>.<domain>; empty uses headers only", func(s *Settings) *string { return &s.Domain }, domain),
+	text("certificates", "off", "where the domain's certificates come from: off (a proxy in front has them), files, local (an authority of this machine's own, see cay trust) or acme",
+		func(s *Settings) *string { return &s.Certificates }, oneOf("off", "files", "local", "acme")),
+	text("tls-addr", "127.0.0.1:443", "address for HTTPS, to sandboxes and to the API at api.<domain>, unless certificates is off; port 0 picks a free one", func(s *Settings) *string { return &s.TLSAddr }, hostPort),
+	text("cert-file", "", "with certificates files: the certificate of *.<domain> and its chain, in PEM, read again when it changes", func(s *Settings) *string { return &s.CertFile }, optionalPath),
+	text("key-file", "", "with certificates files: its key, in PEM", func(s *Settings) *string { return &s.KeyFile }, optionalPath),
+	text("redirect-http", "off", "on sends plain requests for names below the domain to HTTPS", func(s *Settings) *string { return &s.RedirectHTTP }, oneOf("off", "on")),
+	text("acme-email", "", "with certificates acme: where the authority writes to", func(s *Settings) *string { return &s.ACMEEmail }, anything),
+	text("acme-directory", "", "with certificates acme: URL of the authority's directory; empty is Let's Encrypt's", func(s *Settings) *string { return &s.ACMEDirectory }, httpsURL),
+	text("acme-roots", "", "with certificates acme: PEM file of what vouches for a private authority", func(s *Settings) *string { return &s.ACMERoots }, optionalPath),
+	text("acme-dns", "", "with certificates acme: how the TXT record of a wildcard is set, rfc2136:<server:port> or exec:<program>; empty asks for one certificate for each name", func(s *Settings) *string { return &s.ACMEDNS }, dnsWay),
+	text("acme-dns-key", "", "with acme-dns rfc2136: file with the key, as tsig-keygen writes it", func(s *Settings) *string { return &s.ACMEDNSKey }, optionalPath),
+	text("acme-resolver", "", "with acme-dns: name server that is asked whether the record is there, host:port; empty is the machine's", func(s *Settings) *string { return &s.ACMEResolver }, optionalHostPort),
+	number("max-connections", 0, 0, 1<<20, "connections of clients to the proxy at once; 0 is 16384, or a third of the process's files if that is less", func(s *Settings) *int { return &s.MaxConns }),
+	number("max-connections-per-client", 0, 0, 1<<20, "those of one address; 0 is half of them, without a limit for this machine's own", func(s *Settings) *int { return &s.MaxPerClient }),
 	number("pool-size", 2, 0, 100, "sandboxes booted ahead for each template in use; 0 turns the pool off", func(s *Settings) *int { return &s.PoolSize }),
 	{Name: "sandbox-cidr", Env: env("sandbox-cidr"), Default: "10.193.0.0/16", Doc: "IPv4 range for the links between this machine and its sandboxes",
 		set: func(s *Settings, v string) (err error) {
@@ -124,6 +152,46 @@ func hostPort(v string) (string, error) {
 	return v, nil
 }
 
+func anything(v string) (string, error) { return v, nil }
+
+func optionalPath(v string) (string, error) {
+	if v == "" {
+		return "", nil
+	}
+	return absPath(v)
+}
+
+func optionalHostPort(v string) (string, error) {
+	if v == "" {
+		return "", nil
+	}
+	return hostPort(v)
+}
+
+func httpsURL(v string) (string, error) {
+	if u, err := url.Parse(v); v != "" && (err != nil || u.Scheme != "https" || u.Host == "") {
+		return "", errors.New("want a URL that begins with https://")
+	}
+	return v, nil
+}
+
+func dnsWay(v string) (string, error) {
+	how, what, _ := strings.Cut(v, ":")
+	switch how {
+	case "":
+		return "", nil
+	case "rfc2136":
+		if _, err := hostPort(what); err == nil {
+			return v, nil
+		}
+	case "exec":
+		if filepath.IsAbs(what) {
+			return v, nil
+		}
+	}
+	return "", errors.New("want rfc2136:<server:port>, such as rfc2136:192.0.2.1:53, or exec:</absolute/path>")
+}
+
 func domain(v string) (string, error) {
 	for _, label := range strings.Split(strings.ToLower(v), ".") {
 		if v == "" {
@@ -180,7 +248,33 @@ func Load(src Sources) (Settings, error) {
 	if err := s.readFile(path, must); err != nil {
 		return s, err
 	}
-	return s, s.overlay(Table, lookup, src.Flags)
+	if err := s.overlay(Table, lookup, src.Flags); err != nil {
+		return s, err
+	}
+	return s, s.check()
+}
+
+// check looks at settings that need each other.
+func (s *Settings) check() error {
+	needs := func(ok bool, message, fix string) error {
+		if ok {
+			return nil
+		}
+		return invalid(message, fix)
+	}
+	switch s.Certificates {
+	case "off":
+		return needs(s.RedirectHTTP == "off", "redirect-http is on, and there is no HTTPS to send requests to", "choose certificates, or leave redirect-http off")
+	case "files":
+		if err := needs(s.CertFile != "" && s.KeyFile != "", "certificates is files, and cert-file or key-file is missing", "set both"); err != nil {
+			return err
+		}
+	case "acme":
+		if err := needs(s.ACMEDNSKey == "" || strings.HasPrefix(s.ACMEDNS, "rfc2136:"), "acme-dns-key is set, and acme-dns is not rfc2136", "set acme-dns to rfc2136:<server:port>"); err != nil {
+			return err
+		}
+	}
+	return needs(s.Domain != "", "certificates is "+s.Certificates+", and there is no domain that they could be for", "set domain, as in --domain sbx.example.com")
 }
 
 func (s *Settings) overlay(table []Setting, lookup func(string) (string, bool), flags map[string]string) error {

@@ -62,6 +62,15 @@ func TestWrongValues(t *testing.T) {
 		{flags: map[string]string{"log-level": "loud"}, want: "one of debug"},
 		{flags: map[string]string{"domain": "a..b"}, want: "domain name"},
 		{flags: map[string]string{"domain": "sbx.example.com:443"}, want: "without a port"},
+		{flags: map[string]string{"certificates": "some"}, want: "one of off, files, local, acme"},
+		{flags: map[string]string{"certificates": "local"}, want: "set domain"},
+		{flags: map[string]string{"certificates": "files", "domain": "a.b", "cert-file": "/x"}, want: "key-file is missing"},
+		{flags: map[string]string{"redirect-http": "on"}, want: "no HTTPS"},
+		{flags: map[string]string{"acme-directory": "http://a"}, want: "https://"},
+		{flags: map[string]string{"acme-dns": "rfc2136:a"}, want: "rfc2136:192.0.2.1:53"},
+		{flags: map[string]string{"acme-dns": "exec:hook"}, want: "absolute"},
+		{flags: map[string]string{"acme-dns": "route53"}, want: "rfc2136"},
+		{flags: map[string]string{"certificates": "acme", "domain": "a.b", "acme-dns-key": "/k"}, want: "acme-dns is not rfc2136"},
 	} {
 		_, err := settings.Load(sources(t, c.file, c.env, c.flags))
 		if cay.CodeOf(err) != cay.CodeConfigInvalid || !strings.Contains(err.Error(), c.want) {
