@@ -21,3 +21,13 @@ type TeamLimits struct {
 
 // DefaultTeamLimits are those of the generated team of one machine.
 var DefaultTeamLimits = TeamLimits{ConcurrentSandboxes: 200, MaxLengthHours: 24}
+
+// SecretID names a secret of a team: "sec_" and 20 characters of [a-z0-9]. The
+// ID itself is none.
+type SecretID string
+
+// SecretIDPrefix is what every [SecretID] begins with, and no name of a secret.
+const SecretIDPrefix = "sec_"
+
+// NewSecretID returns a fresh random ID.
+func NewSecretID() SecretID { return SecretID(SecretIDPrefix + randomID(20)) }

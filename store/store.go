@@ -1,5 +1,5 @@
 // Package store is the contract of the durable record: teams, keys, templates,
-// builds and sandboxes. It is the truth about what was promised to clients;
+// builds, sandboxes, snapshots and secrets. It is the truth about what was promised to clients;
 // nodes are the truth about what runs.
 //
 // Package storetest holds the proof that an adapter keeps the contract.
@@ -41,6 +41,7 @@ type Store interface {
 	Templates
 	Sandboxes
 	Snapshots
+	Secrets
 }
 
 // Teams are the tenants.

@@ -42,6 +42,7 @@ var Packages = []Package{
 	{"cmd/cay", Command, "the product: server, operator's tools, engine"},
 	{"cmd/engine", Command, "the sandboxed engine and its supervisor, as a program"},
 	{"cmd/envd", Command, "the guest's daemon, as a program"},
+	{"cmd/gofer", Command, "the file server beside each sandbox, as a program"},
 	{"cmd/init", Command, "PID 1 of a guest: reaps, supervises envd, never exits"},
 	{"disk", Mechanism, "root directories of sandboxes from shared images and bounded files"},
 	{"doctor", Service, "checks of a machine, each with its repair"},
@@ -57,6 +58,7 @@ var Packages = []Package{
 	{"internal/gen/operator", Generated, "our own REST API for operators, from spec/operator.yaml"},
 	{"internal/gen/sqlite", Generated, "queries of store/sqlite"},
 	{"internal/killpoint", Internal, "the points at which tests let a server die"},
+	{"internal/keyring", Internal, "seals small values under keys of a file"},
 	{"internal/lint", Internal, "these rules"},
 	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},
@@ -65,6 +67,7 @@ var Packages = []Package{
 	{"proxy", Service, "the edge: from a sandbox's URL to the guest's port"},
 	{"runtime", Contract, "a sandbox engine"},
 	{"runtime/gvisor", Adapter, "gVisor, linked in and started again from our own binary"},
+	{"runtime/gvisor/gofer", Adapter, "gVisor's file server without the rest of gVisor"},
 	{"runtime/runtimetest", Suite, "the proof of runtime, and an engine in memory"},
 	{"store", Contract, "the durable record: teams, keys, templates, builds, sandboxes"},
 	{"store/sqlite", Adapter, "the durable record in one SQLite file"},
@@ -91,7 +94,7 @@ type Home struct {
 // and so that the small programs stay small. Generated code counts as the home
 // of its user.
 var HeavyHomes = []Home{
-	{"gvisor.dev/", []string{"runtime/gvisor"}},
+	{"gvisor.dev/", []string{"runtime/gvisor", "runtime/gvisor/gofer"}},
 	{"modernc.org/sqlite", []string{"store/sqlite", "event/sqlite", "test/invariant"}},
 	{"github.com/jackc/pgx", []string{"store/postgres"}},
 	{"github.com/pressly/goose", []string{"store/sqlite", "store/postgres"}},

@@ -58,6 +58,18 @@ type Sandbox struct {
 	History        string
 }
 
+type Secret struct {
+	ID        string
+	TeamID    string
+	Name      string
+	Version   int64
+	Metadata  string
+	KeyID     string
+	Value     []byte
+	CreatedAt int64
+	UpdatedAt int64
+}
+
 type Snapshot struct {
 	ID          string
 	TeamID      string
