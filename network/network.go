@@ -44,36 +44,6 @@ const (
 	DefaultWarm = 8
 )
 
-// Limits are per slot. Their zero value is the defaults.
-type Limits struct {
-	// Connections bounds those a guest has open at once, because all share
-	// the host's table of connections; 0 is [DefaultConnections].
-	Connections int
-	// PerSecond bounds the new ones, after a burst of twice as many; 0 is
-	// [DefaultPerSecond].
-	PerSecond int
-}
-
-// The limits of a slot that is told none.
-const (
-	DefaultConnections = 8192
-	DefaultPerSecond   = 1000
-)
-
-func (l Limits) connections() uint32 {
-	if l.Connections <= 0 {
-		return DefaultConnections
-	}
-	return uint32(l.Connections)
-}
-
-func (l Limits) perSecond() uint64 {
-	if l.PerSecond <= 0 {
-		return DefaultPerSecond
-	}
-	return uint64(l.PerSecond)
-}
-
 // Pool makes slots ahead and hands them out. Set the fields, then Open. The
 // methods are safe for concurrent use. All of it happens in the network
 // namespace that the process is in, "the host".

@@ -146,6 +146,31 @@ func (p *Pool) enforce(index int, pol policy) error {
 	return p.cut(f, pol)
 }
 
+// Refused reports whether an address is no destination for any guest, whatever
+// its policy: special, of sandboxes, of the operator's list, or the machine's
+// own as it is now. What cannot be asked about is refused.
+func (p *Pool) Refused(a netip.Addr) bool {
+	a = a.Unmap()
+	if p.always(a) {
+		return true
+	}
+	leave, err := p.enter()
+	if err != nil {
+		return true
+	}
+	defer leave()
+	routes, err := p.host.RouteGet(a.AsSlice())
+	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
+		return false // nothing of ours, and nothing that can be reached
+	}
+	return err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST
+}
+
+// always reports whether an address is refused by what does not change.
+func (p *Pool) always(a netip.Addr) bool {
+	return IsRefused(a) || p.cidr().Contains(a) || slices.ContainsFunc(p.Refuse, func(q netip.Prefix) bool { return q.Contains(a) })
+}
+
 // cut ends the connections in a router that a policy has made wrong. Without
 // its entry in the table of connections nothing that comes back reaches the
 // guest, and what the guest sends is judged anew.

@@ -157,6 +157,9 @@ func (p *Pool) build(index int) error {
 		if err := b.innermost(inner); err != nil {
 			return fmt.Errorf("linking the guest to the router: %w", err)
 		}
+		if err := p.Limits.slow(rh, upLink, guestLink); err != nil {
+			return err
+		}
 		if err := p.routerFirewall(newTable(rules, routerTable), b.at, policy{}); err != nil {
 			return fmt.Errorf("loading the router's rules: %w", err)
 		}

@@ -25,6 +25,7 @@ import (
 	"github.com/cayhq/cay/certificate"
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/doctor"
+	"github.com/cayhq/cay/egress"
 	"github.com/cayhq/cay/internal/settings"
 	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/orchestrator"
@@ -49,6 +50,7 @@ type host struct {
 	blobs *file.Store
 	disks *disk.Disks
 	nets  *network.Pool
+	names *egress.Server
 	rt    *gvisor.Runtime
 	orch  *orchestrator.Orchestrator
 }
@@ -64,7 +66,9 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h := &host{dir: d, log: log}
 	h.disks = &disk.Disks{Dir: d.path("disk"), Reserve: int64(cfg.DiskReserveMB) << 20, Ahead: 2, Log: log.With("part", "disk")}
 	h.nets = &network.Pool{Tag: hostTag(d), NamespaceDir: "/run/netns", StateDir: "/run/cay", CIDR: cfg.SandboxCIDR,
+		Refuse: cfg.RefusedRanges, Limits: network.Limits{Connections: cfg.Connections, PerSecond: cfg.NewConnections, Mbit: cfg.Mbit},
 		Warm: 4, Log: log.With("part", "network")}
+	h.names = newNames(d, h.nets, log)
 	h.rt = gvisor.New(d.path("run", "gvisor"))
 	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
 	h.rt.Programs = d.path("engine")
@@ -72,7 +76,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h.orch = &orchestrator.Orchestrator{
 		Node: nodeID, Dir: d.path("run", "orchestrator"), SnapshotDir: d.path("snapshots"),
 		Runtime: h.rt, Engines: engineFiles{h.rt.Programs}, Slots: h.nets, Disks: h.disks,
-		Catalog: memory.New(), Streams: streams,
+		Catalog: memory.New(), Streams: streams, Names: h.names,
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
 		MemoryAvailable: orchestrator.MemoryAvailable,
 		Log:             log.With("part", "orchestrator"),
@@ -113,6 +117,9 @@ func (h *host) open(ctx context.Context) error {
 		}
 		return err
 	}
+	if err := h.names.Open(ctx); err != nil {
+		return err
+	}
 	return h.orch.Open(ctx)
 }
 
@@ -142,7 +149,7 @@ func (h *host) giveUp(ctx context.Context, undo ...func(context.Context) error) 
 
 // close lets go of everything; guests stay.
 func (h *host) close() error {
-	err := errors.Join(h.orch.Close(), h.rt.Close(), h.nets.Close(), h.disks.Close())
+	err := errors.Join(h.orch.Close(), h.names.Close(), h.rt.Close(), h.nets.Close(), h.disks.Close())
 	if h.blobs != nil {
 		err = errors.Join(err, h.blobs.Close())
 	}

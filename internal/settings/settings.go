@@ -42,12 +42,17 @@ type Settings struct {
 	PoolSize      int // guests booted ahead per hot build
 	SandboxCIDR   netip.Prefix
 	MaxSandboxes  int
-	DiskReserveMB int
-	CPUs          int // of a sandbox whose template says nothing
-	MemoryMB      int
-	DiskMB        int
-	LogLevel      string
-	LogFormat     string
+	// What no sandbox reaches, and what each may have, beside its own policy.
+	RefusedRanges  []netip.Prefix
+	Connections    int
+	NewConnections int // a second
+	Mbit           int // a second, in and out; 0: no bound
+	DiskReserveMB  int
+	CPUs           int // of a sandbox whose template says nothing
+	MemoryMB       int
+	DiskMB         int
+	LogLevel       string
+	LogFormat      string
 
 	origin map[string]Origin
 }
@@ -103,6 +108,12 @@ var Table = []Setting{
 			return nil
 		}, get: func(s *Settings) string { return s.SandboxCIDR.String() }},
 	number("max-sandboxes", 1000, 1, 100_000, "how many sandboxes this machine runs at most", func(s *Settings) *int { return &s.MaxSandboxes }),
+	{Name: "refused-ranges", Env: env("refused-ranges"), Default: "", Doc: "further addresses and ranges that no sandbox reaches, whatever its policy; comma-separated",
+		set: func(s *Settings, v string) (err error) { s.RefusedRanges, err = ranges(v); return err },
+		get: func(s *Settings) string { return listed(s.RefusedRanges) }},
+	number("sandbox-connections", 8192, 1, 1<<20, "connections that a sandbox has open outwards at most", func(s *Settings) *int { return &s.Connections }),
+	number("sandbox-connections-per-second", 1000, 1, 1<<20, "new connections that a sandbox opens a second, after a burst of twice as many", func(s *Settings) *int { return &s.NewConnections }),
+	number("sandbox-mbit", 0, 0, 1_000_000, "Mbit/s into a sandbox, and out of it, what the proxy carries included; 0 is no bound", func(s *Settings) *int { return &s.Mbit }),
 	number("disk-reserve-mb", 1024, 0, 1<<30, "MiB of the data directory's disk that new sandboxes must leave free", func(s *Settings) *int { return &s.DiskReserveMB }),
 	number("cpus", 2, 1, 1024, "CPUs of a sandbox of the base template", func(s *Settings) *int { return &s.CPUs }),
 	number("memory-mb", 1024, 128, 1<<20, "MiB of memory of a sandbox of the base template", func(s *Settings) *int { return &s.MemoryMB }),
@@ -132,6 +143,34 @@ func number(name string, def, lo, hi int, doc string, at func(*Settings) *int) S
 			return nil
 		},
 		get: func(s *Settings) string { return strconv.Itoa(*at(s)) }}
+}
+
+// ranges reads addresses and ranges.
+func ranges(v string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for part := range strings.SplitSeq(v, ",") {
+		part = strings.TrimSpace(part)
+		if part == "" {
+			continue
+		}
+		p, err := netip.ParsePrefix(part)
+		if a, aerr := netip.ParseAddr(part); aerr == nil {
+			p, err = netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
+		}
+		if err != nil || p.Addr().Zone() != "" {
+			return nil, fmt.Errorf("%q is no address and no range such as 192.0.2.0/24", part)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
+}
+
+func listed(ps []netip.Prefix) string {
+	out := make([]string, len(ps))
+	for i, p := range ps {
+		out[i] = p.String()
+	}
+	return strings.Join(out, ",")
 }
 
 func absPath(v string) (string, error) {
