@@ -9,11 +9,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cayhq/cay"
 	gen "github.com/cayhq/cay/internal/gen/api"
+	"github.com/cayhq/cay/internal/gen/operator"
 )
 
 func prefixes(texts ...string) []netip.Prefix {
@@ -307,4 +309,34 @@ func FuzzNetwork(f *testing.F) {
 			t.Errorf("%q becomes %q", s, name)
 		}
 	})
+}
+
+// Operators see what was refused, and only operators.
+func TestEgressLog(t *testing.T) {
+	f := newFixture(t)
+	id := f.create("")
+	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	f.node.refusals = []cay.EgressRefusal{
+		{Seq: 3, First: at, Last: at.Add(time.Second), Count: 3, Protocol: "tcp", Destination: netip.MustParseAddrPort("8.8.8.8:53"), Rule: "0.0.0.0/0", Reason: "denied"},
+		{Seq: 4, First: at, Last: at, Count: 1, Protocol: "icmp", Destination: netip.MustParseAddrPort("8.8.4.4:0"), Rule: "0.0.0.0/0", Reason: "denied"},
+		{Seq: 5, First: at, Last: at, Count: 1, Protocol: "dns", Name: "a\xff.example", Rule: "names", Reason: "not allowed"},
+	}
+	url := "/operator/v1/sandboxes/" + string(id) + "/egress"
+	var got []operator.EgressRefusal
+	f.want(200, f.request("GET", url, "", "X-Admin-Token", testAdmin)).decode(t, &got)
+	want := []operator.EgressRefusal{
+		{Seq: 3, First: at, Last: at.Add(time.Second), Count: 3, Protocol: "tcp", Destination: "8.8.8.8:53", Rule: "0.0.0.0/0", Reason: "denied"},
+		{Seq: 4, First: at, Last: at, Count: 1, Protocol: "icmp", Destination: "8.8.4.4", Rule: "0.0.0.0/0", Reason: "denied"},
+		{Seq: 5, First: at, Last: at, Count: 1, Protocol: "dns", Name: "a\uFFFD.example", Rule: "names", Reason: "not allowed"},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	f.want(200, f.request("GET", url+"?after=4", "", "X-Admin-Token", testAdmin)).decode(t, &got)
+	if d := cmp.Diff(want[2:], got); d != "" {
+		t.Error(d)
+	}
+	f.want(401, f.request("GET", url, ""))
+	f.want(404, f.request("GET", "/operator/v1/sandboxes/i00000000000000000000/egress", "", "X-Admin-Token", testAdmin))
+	f.want(400, f.request("GET", url+"?after=x", "", "X-Admin-Token", testAdmin))
 }

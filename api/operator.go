@@ -3,6 +3,7 @@ package api
 import (
 	"cmp"
 	"context"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -131,6 +132,39 @@ func (s operatorHandlers) SandboxConsole(ctx context.Context, r operator.Sandbox
 		out[i] = operator.ConsoleLine{Timestamp: l.At.UTC(), Text: strings.ToValidUTF8(l.Text, "\uFFFD")}
 	}
 	return out, nil
+}
+
+// SandboxEgress implements the generated interface.
+func (s operatorHandlers) SandboxEgress(ctx context.Context, r operator.SandboxEgressRequestObject) (operator.SandboxEgressResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	seq := uint64(0)
+	if r.Params.After != nil {
+		seq = uint64(max(*r.Params.After, 0))
+	}
+	all, err := s.Node.EgressLog(ctx, rec.ID, seq)
+	if err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound {
+		return nil, err
+	}
+	out := make(operator.SandboxEgress200JSONResponse, len(all))
+	for i, e := range all {
+		out[i] = operator.EgressRefusal{Seq: int64(e.Seq), First: e.First.UTC(), Last: e.Last.UTC(), Count: e.Count, Protocol: e.Protocol,
+			Destination: destination(e.Destination), Name: strings.ToValidUTF8(e.Name, "\uFFFD"), Rule: e.Rule, Reason: strings.ToValidUTF8(e.Reason, "\uFFFD")}
+	}
+	return out, nil
+}
+
+// destination is an address with its port, if it has one.
+func destination(to netip.AddrPort) string {
+	switch {
+	case !to.IsValid():
+		return ""
+	case to.Port() == 0:
+		return to.Addr().String()
+	}
+	return to.String()
 }
 
 // find returns the record of a sandbox of any team.

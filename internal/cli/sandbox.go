@@ -30,7 +30,7 @@ func (c *CLI) sandboxCmd() *cobra.Command {
   cay sandbox kill --all`,
 	}
 	cmd.AddCommand(c.listCmd(), c.infoCmd(), c.execCmd(), c.logsCmd(), c.killCmd(), c.inspectCmd(),
-		c.pauseCmd(), c.resumeCmd(), c.forkCmd(), c.snapshotOfCmd(), c.treeCmd(), c.explainCmd())
+		c.pauseCmd(), c.resumeCmd(), c.forkCmd(), c.snapshotOfCmd(), c.treeCmd(), c.explainCmd(), c.networkCmd())
 	return cmd
 }
 

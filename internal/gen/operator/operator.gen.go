@@ -65,6 +65,30 @@ type ConsoleLine struct {
 	Timestamp time.Time `json:"timestamp"`
 }
 
+// EgressRefusal A destination that was refused to a sandbox.
+type EgressRefusal struct {
+	// Count How often, at least: what comes too fast is not counted.
+	Count int `json:"count"`
+
+	// Destination Address and port; empty for a query, without a port where there are none.
+	Destination string    `json:"destination"`
+	First       time.Time `json:"first"`
+	Last        time.Time `json:"last"`
+
+	// Name What the sandbox called it, or empty.
+	Name string `json:"name"`
+
+	// Protocol tcp, udp, icmp, tls, http, dns and the like.
+	Protocol string `json:"protocol"`
+	Reason   string `json:"reason"`
+
+	// Rule The entry of the policy, or 'always refused', 'names' or 'limit'.
+	Rule string `json:"rule"`
+
+	// Seq Number of the last refusal that this tells of.
+	Seq int64 `json:"seq"`
+}
+
 // Error What went wrong, why, and what to do.
 type Error struct {
 	// Code The HTTP status.
@@ -329,6 +353,12 @@ type ListSandboxesParams struct {
 	State []SandboxState `form:"state,omitempty" json:"state,omitempty"`
 }
 
+// SandboxEgressParams defines parameters for SandboxEgress.
+type SandboxEgressParams struct {
+	// After Only what was refused, again too, after the refusal with this number.
+	After *int64 `form:"after,omitempty" json:"after,omitempty"`
+}
+
 // RequestEditorFn is the function signature for the RequestEditor callback function
 type RequestEditorFn func(ctx context.Context, req *http.Request) error
 
@@ -427,6 +457,13 @@ type ClientInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/console (the `SandboxConsole` operationId).
 	SandboxConsole(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error)
 
+	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
+	//
+	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+	//
+	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
+	SandboxEgress(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// TraceSandbox The timed steps of a sandbox's start, in order.
 	//
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
@@ -502,6 +539,23 @@ func (c *Client) InspectSandbox(ctx context.Context, sandboxID SandboxID, reqEdi
 // Corresponds with GET /operator/v1/sandboxes/{sandboxID}/console (the `SandboxConsole` operationId).
 func (c *Client) SandboxConsole(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewSandboxConsoleRequest(c.Server, sandboxID)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SandboxEgress What was refused to a sandbox on its way out, oldest first.
+//
+// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+//
+// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
+func (c *Client) SandboxEgress(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewSandboxEgressRequest(c.Server, sandboxID, params)
 	if err != nil {
 		return nil, err
 	}
@@ -740,6 +794,67 @@ func NewSandboxConsoleRequest(server string, sandboxID SandboxID) (*http.Request
 	return req, nil
 }
 
+// NewSandboxEgressRequest constructs an http.Request for the SandboxEgress method
+func NewSandboxEgressRequest(server string, sandboxID SandboxID, params *SandboxEgressParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "sandboxID", sandboxID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/sandboxes/%s/egress", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.After != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "after", *params.After, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: "int64"}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewTraceSandboxRequest constructs an http.Request for the TraceSandbox method
 func NewTraceSandboxRequest(server string, sandboxID SandboxID) (*http.Request, error) {
 	var err error
@@ -938,6 +1053,15 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/console (the `SandboxConsole` operationId).
 	SandboxConsoleWithResponse(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*SandboxConsoleResponse, error)
 
+	// SandboxEgressWithResponse What was refused to a sandbox on its way out, oldest first.
+	//
+	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
+	SandboxEgressWithResponse(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*SandboxEgressResponse, error)
+
 	// TraceSandboxWithResponse The timed steps of a sandbox's start, in order.
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -1059,6 +1183,31 @@ func (r SandboxConsoleResponse) Status() string {
 
 // StatusCode returns HTTPResponse.StatusCode
 func (r SandboxConsoleResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+type SandboxEgressResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *[]EgressRefusal
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r SandboxEgressResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r SandboxEgressResponse) StatusCode() int {
 	if r.HTTPResponse != nil {
 		return r.HTTPResponse.StatusCode
 	}
@@ -1217,6 +1366,21 @@ func (c *ClientWithResponses) SandboxConsoleWithResponse(ctx context.Context, sa
 		return nil, err
 	}
 	return ParseSandboxConsoleResponse(rsp)
+}
+
+// SandboxEgressWithResponse What was refused to a sandbox on its way out, oldest first.
+//
+// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
+func (c *ClientWithResponses) SandboxEgressWithResponse(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*SandboxEgressResponse, error) {
+	rsp, err := c.SandboxEgress(ctx, sandboxID, params, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSandboxEgressResponse(rsp)
 }
 
 // TraceSandboxWithResponse The timed steps of a sandbox's start, in order.
@@ -1399,6 +1563,39 @@ func ParseSandboxConsoleResponse(rsp *http.Response) (*SandboxConsoleResponse, e
 	return response, nil
 }
 
+// ParseSandboxEgressResponse parses an HTTP response from a SandboxEgressWithResponse call
+func ParseSandboxEgressResponse(rsp *http.Response) (*SandboxEgressResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &SandboxEgressResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest []EgressRefusal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
 // ParseTraceSandboxResponse parses an HTTP response from a TraceSandboxWithResponse call
 func ParseTraceSandboxResponse(rsp *http.Response) (*TraceSandboxResponse, error) {
 	bodyBytes, err := io.ReadAll(rsp.Body)
@@ -1541,6 +1738,9 @@ type ServerInterface interface {
 	// SandboxConsole The last lines of the guest's console, oldest first.
 	// (GET /operator/v1/sandboxes/{sandboxID}/console)
 	SandboxConsole(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
+	// (GET /operator/v1/sandboxes/{sandboxID}/egress)
+	SandboxEgress(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params SandboxEgressParams)
 	// TraceSandbox The timed steps of a sandbox's start, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -1580,6 +1780,12 @@ func (_ Unimplemented) InspectSandbox(w http.ResponseWriter, r *http.Request, sa
 // SandboxConsole The last lines of the guest's console, oldest first.
 // (GET /operator/v1/sandboxes/{sandboxID}/console)
 func (_ Unimplemented) SandboxConsole(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// SandboxEgress What was refused to a sandbox on its way out, oldest first.
+// (GET /operator/v1/sandboxes/{sandboxID}/egress)
+func (_ Unimplemented) SandboxEgress(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params SandboxEgressParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1731,6 +1937,48 @@ func (siw *ServerInterfaceWrapper) SandboxConsole(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SandboxConsole(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SandboxEgress operation middleware
+func (siw *ServerInterfaceWrapper) SandboxEgress(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", chi.URLParam(r, "sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params SandboxEgressParams
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SandboxEgress(w, r, sandboxID, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1952,6 +2200,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/console", wrapper.SandboxConsole)
 	})
 	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/egress", wrapper.SandboxEgress)
+	})
+	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/snapshots", wrapper.ListSnapshots)
 	})
 	r.Group(func(r chi.Router) {
@@ -2102,6 +2353,46 @@ type SandboxConsoledefaultJSONResponse struct {
 }
 
 func (response SandboxConsoledefaultJSONResponse) VisitSandboxConsoleResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SandboxEgressRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+	Params    SandboxEgressParams
+}
+
+type SandboxEgressResponseObject interface {
+	VisitSandboxEgressResponse(w http.ResponseWriter) error
+}
+
+type SandboxEgress200JSONResponse []EgressRefusal
+
+func (response SandboxEgress200JSONResponse) VisitSandboxEgressResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SandboxEgressdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response SandboxEgressdefaultJSONResponse) VisitSandboxEgressResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -2275,6 +2566,9 @@ type StrictServerInterface interface {
 	// SandboxConsole The last lines of the guest's console, oldest first.
 	// (GET /operator/v1/sandboxes/{sandboxID}/console)
 	SandboxConsole(ctx context.Context, request SandboxConsoleRequestObject) (SandboxConsoleResponseObject, error)
+	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
+	// (GET /operator/v1/sandboxes/{sandboxID}/egress)
+	SandboxEgress(ctx context.Context, request SandboxEgressRequestObject) (SandboxEgressResponseObject, error)
 	// TraceSandbox The timed steps of a sandbox's start, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(ctx context.Context, request TraceSandboxRequestObject) (TraceSandboxResponseObject, error)
@@ -2432,6 +2726,33 @@ func (sh *strictHandler) SandboxConsole(w http.ResponseWriter, r *http.Request, 
 	}
 }
 
+// SandboxEgress operation middleware
+func (sh *strictHandler) SandboxEgress(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params SandboxEgressParams) {
+	var request SandboxEgressRequestObject
+
+	request.SandboxID = sandboxID
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.SandboxEgress(ctx, request.(SandboxEgressRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "SandboxEgress")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(SandboxEgressResponseObject); ok {
+		if err := validResponse.VisitSandboxEgressResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // TraceSandbox operation middleware
 func (sh *strictHandler) TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	var request TraceSandboxRequestObject
@@ -2537,57 +2858,64 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFtfb9w2Ev8qhO6AvChet8ndw+YpTd2L0SYtYqN3QBAEXHF2xVoiVQ7ltWD4ux+GpCRqRa3txsndW7yk",
-	"yPk/v5lhbrNC141WoCxm69us4YbXYMG4v5ArsdE35z/SHwKwMLKxUqtsnV2WwMJyzvSWcdUxC7w+yfJM",
-	"0oaG2zLLM8VryNbRSXlm4M9WGhDZ2poW8gyLEmpOV9iucZutkWqX3d3lGSreYKntIglh/UE0jGc9hog7",
-	"2oyNVghOKD9xWbUG6J+FVhaUpX/ypqlkwYm01R9I9N1GZ/7dwDZbZ39bjdJe+VVcnRmjjb9nyt/L01Nm",
-	"S2BEKqBlGwP8Chlnpq3gFXt5+p1btvoKFJPIaoko1Y5pw/ZGqx1teUlbDNCy0gzbouy19or9I5yPYK7B",
-	"sC2XFQj6+UX8c8GV0pYJzaRlSu9PvF488cTbG61QV/CLVDDX0WtWSQWkHDpyR3w8Q1b4T0hPjdENGCu9",
-	"bC3c2IQO8szKGtDyuqHVrTY1t9k6E9zCc1rK8oTtjCr+GH2f+0s+DV/ozR9QWLrEa2LGw79LbtkelPVi",
-	"zdm+7HLGlWB7WrGaCT1npdAC0jb79vLyN4aW2xbps4EbqeyL70dOpLKwA0OEARH2OX3iazpqUwEjK+8F",
-	"vfU2mrOtNqzmRSkV4KugVkvWoBtQJ3Ox5dlW3iyIwDHK+Ea3lkn7ivEKNWu4sf2tNSDyHSSPrXgHJi2P",
-	"+Ajs0ELNLN3nDTJ5WrgpKQ0gnyzAsd6Abqo0QcGrlgJLWM4ZR0dYpXes5PhYxg/M0KlwJD9lhG9504Ci",
-	"j2d0XegabEku7uSzgSKonPdOPTfDSFJf7lT9DzPCKK5wHKhoeIsgKBD1vxhAqw18FrAzXCS1esxjaedx",
-	"sb3XAs7VVqdMIjiAl5pp1UAoYMJvmxYjaUVeKEVSijXU2nQ/dNZ/H7vzP18m3bnRuvoAXHRzYv9FRods",
-	"o7UFwXgJPBZVdIZpldNR0nhB7aSC3Md7jmx3LVGbtBv4c34Hg9JnrdmWQVgJxfdLTCvvCV7UaZqvx0um",
-	"x4TbyZTf8G75rAVTkSIbDx9FM2Mu98qdqizmL1bNkpEFlpOhxy8xFyZwMDsEoB/mpsaFbiyI+VHnlmFr",
-	"ruU12QAj34lDpMvLkVQ2WlfAVeYAhHevVATvPFGOdVbothKMEvsGWHBOkTO59U6y58j2EksQFEaThgNK",
-	"vLYPDxygrsUxI4MbKFqiNR2QJZLjDiLoIQxxVGq0zOsIWcGN6YKwZ3fQzvvQWFDvr+otbfbYzwknpaVB",
-	"nBK93HwsDjgzrSKnS3iU7AgrwAMJv3B7Dz0klm5/XkxKr86pnvLBQiMxREYWJJrylA+AujVFKmb8ImtS",
-	"2/G0tRyFhcSrdz+k17w20quHmTiOBO9+yIaDU9wE2b7RbSiTDjm6hjGlsE3n0F0C3l7JqgqZPZEVXNJc",
-	"Xlv80AC29fJqq9TiYm+qdnkH2cjC6oFIh63jpSPlA38RvQf354N8jujgXGEDhU2mkTECb42u2UbbkqEU",
-	"qSyvApbmVfXrNlt/PO5bcdy/+3RYp71vq4rtSyrCqE4CdHHVtA5fq7aqCJ73deaMLwOFNuKB3v3Bbz6U",
-	"fDgj92wdkV4Ia0nQMImjx72TC2EAMZVlqNi0/WkGeFECjrVfMixTFc2lWioPPJh5hr7AIVS/EN7Jgc/r",
-	"ZFnwk6wC/Ct1JTAUbj1VVNfZdJWgwKoEn+/B7rW5ciRhw4tphZs8qZHiHv4aowtAXMB7WtttgpJ3FJM8",
-	"axInRTZ9cQzyJdPwvXDw0PKOYK1BrZ75fDCbXqwDV7Hujljvh8FVUgU6dxKsJVUeVjPOikqCslGlPhZM",
-	"STRWSY5pFVmom4rbwQids0dAxF1ec5G2oU0rK+Fhzdz2DfBHooEBeM1czwUgUMKlIGkRqu2kwXDfse+W",
-	"qmrf7KvvralBiQ/AMRWbPf4k6kCsx+qaqNGtzZnWdc4aKTD3BvwZbqTNg3N8LgzHMmcuw3z2fYGcUbD7",
-	"XGk6BsvWCr1XVHJq05RcvWJQN7Zj+5JcX1pWyWvAJarhPpH6ijUpyYUI/2TQFxzybZUAw/a8y4lH15Hg",
-	"FK9VWhOlJLjmCkxpocb78svYdRiK/IwbwzsHq/jNWdroLh0dlmIoKOHDkOtJAq+fIas81ONVpfcPt8Qa",
-	"LBfc8pBpJN3Fq9+mjcJ0YyKKGWQdC06njdxJdbyhTHonr95Kg9b5tgMVvVnJLVNLsm+4CU3hxZa5l9Rw",
-	"F12ktwuHEWo6Zp0u8Lldf91ETQzXj9nJiOvHxsCClBGK0Caf0k3uwDheoYsm3PevF2qlI91/F/R54HyQ",
-	"a6EVSnQAJvTp9iE1yr6pcCXV7mShzPoGlVmekXMsyKxPNMnlQ7gdjVTCkZMD8pDRxgQ0OMVYAo6KPyz9",
-	"Bi8cNBlnq3TxOASKMajGSWGSZPLDojSezgxWPzjr4FZjbDuCFC56vaTg6QBsg1lQiKrk1jkzqLZ+2lom",
-	"iCKidlT3RfgkWcr0wWHaDevhjEaX1WSitnlivEHQ7DHdzYN+6JSvU7aXttStDX1z2no4BFk412HtSUJb",
-	"SgJD4tL7ZFUR1L8+Gj5cp99DyPUAJilu+Z6YW6YUsPZqIEP6s+WGKysX8sIDWrah+0blSNSt+8LG7T3j",
-	"20D/Qv6ZhuBEwHqaWBY7//2BLQpozih6TU8j1JHaZNoAHi08GVIoFFxYaOZS/FUBQwtNKJdp49wdIT1V",
-	"PAvwNCRxba4WZl1/YXImpFgqkv0sPKUura/eJTz2rd6zSqsdUUl7piBDtwQrhntUW28SnSF3ac/JcFWY",
-	"ay4J3baYnu+5sTR32JdJhZYrmxq/1rW06aatT3npXoSzn5+4rI5OO5yUJz10hxBRqsK3PwZbeEBg83de",
-	"tAVV/8enLF9wS9/xuq/P5YZoh1OfB8Cb0Bw9xFEJzBo9LghbH14bUDxYMNK6f/6B4c0DN18wh0pOWhai",
-	"13XU83BWF6TdkzsdMcXA6VD1UwOcO0YPq6XtLkj8XjuvRS3VJcHodJggv+BWm2c4gm33PqYELpxHhhcy",
-	"/3nujnruzxrzaSN/hs4/UZHJGetFqffDwAvzuDcCLpnCNRivHQcAaIM0k5Zjzkq9p9+73ioC0un8j74I",
-	"Z6/7tw1uGm/7xsRGi87N3ZR72cAbedLxuiJOK1mAQmf7gc3XDS9KeP79yWmWZ62pSBLWNrherfb7/Ql3",
-	"yyfa7FbhW1z9cv7m7P3FmfvGTc4tVVOZm1YG6bLXv51Hc8h1dnrynd8dKMrW2YuT05MXDj/a0qlu1X+9",
-	"uv5uNXG5HTj/8esEkoWbNKC9iMeV0XOtj/PsVJHsCCk6g5Y4fR31ZwumG5U/pNoj77GOXOHrKwQ/+3Cw",
-	"FG6aykWdLa8Q0rcOs6jh0gf1K2Y11QHyQ9s5BVFUcS37yROu709PH/V86zEk9S36Q5rm77t+dA0E9/OW",
-	"t9XiaHIgfdU/PXNxoK1rbrr5+GnibTlTsAe0vo/hQhnfYVQ+Zp/osLQZrm4HKHbnfb4CX1ZNrfJnWVX9",
-	"eGRmkymOxi2rEewltPQy0XnX/gWMA+j+MQfF/VqbJ5HlmRJRfXjwpnAuurx309QDIrIDf4QPXsOxyDt0",
-	"yM89JXNhTiq2L2VREhAU+Cpg8itorCs2EK5BMcE751dT6YeJ2FdRwOmTvXKcj+++okcMg8BnGPQQTQHi",
-	"pxlXivLWMBD4i76xCu8Zo7B9gFor1JORmgeQ3ioqQAcoFRlKqVvD+E7P1TzALH/V/1DND4qG8avQbxgL",
-	"L/vGeEVAZOHdac50JZ4iKK6s4QUsZutLWv0/8MuHpa+hzP3G6iKoL1wZPR07P0MPBHMH6owISPx+TYVe",
-	"wj0oatj1TYTbN/q+oWzPHAhYaCNORNkTd0SWq9uxRXO3ugYjt2641ITnBFMB/+7WB6YfbfpjN+hhoODc",
-	"Zct96d6Uf7nkPgAX0Tsulzroc25cz9UVMD6LKLmFgwhyRJhDTyNplaHl8TVzsL/hK/uzr5rzOM/67Fv2",
-	"RTpGfZS4UO9F6Mn8dBeXu85u4kL34yeyDX+Ztypfya2czYSzbuMyg1jPbw/+R0p29+nuvwEAAP//",
+	"zFtbb9y4kv4rhHYBvyhuZ5Ldh86TJ+PZGDPJDOJgZoEgCNhidYtjilRIykoj8H8/qCJ1a1FtO3FyzlvS",
+	"pMhiXb+6+EtWmKo2GrR32fpLVnPLK/Bg6X+Oa7Exny9/wf8IcIWVtZdGZ+vsXQksLufMbBnXe+aBV6dZ",
+	"nkncUHNfZnmmeQXZenRSnln41EgLIlt720CeuaKEiuMVfl/TZm+l3mW3t3nmNK9dafwiCXH9XjQMZz2E",
+	"iFvc7GqjHRBTfuVSNRbwn4XRHrTHf/K6VrLgSNrqH4f0fRmd+d8Wttk6+6/VwO1VWHWrC2uNDfdM3/f8",
+	"7Iz5EhiSCs6zjQV+7RhntlHwgj0/e0rL3lyDZtKxSjon9Y4Zy1pr9A63PMctFnBZG+aaouyk9oL9Tzzf",
+	"gb0By7ZcKhD487PxzwXX2ngmDJOeadOeBrkE4vFtL412RsHvUsNcRudMSQ0oHDxyh+84cawIn6Ccamtq",
+	"sF4G3nr47BMyyDMvK3CeVzWubo2tuM/WmeAenuBSlid0ZxDx+9H3ebjkQ/+F2fwDhcdLLnYWnHsL28Zx",
+	"lXqLAOelJiEzX3LPWu6Yxf0gmDeMd8ydv6wwTVCU6ZmvTMvM1oPOGfdMAXd+zVo8ujAVOOaNYVvufBAg",
+	"/tpoD+J0eLDUHnZgs6A+HXkJ6oXA1zGuBauN9S8YVLXfs62xjLNPDdh9zlrpS9N4xmkLa0l3ggZxC0wb",
+	"DadzXufZVlrn7yuaPFP8IbuD+R6+529kkh+8ECu4UiCYRF9gw+OStNbWeFOYhIB9UeesEXXOZFHVOfPK",
+	"5az0vs6Z0IFzeKGS12kuWODR8udLjYK0BwPt7b4zkNooWezpASdctXzfq9dJzk6QEe6EFpWspD9JUuHg",
+	"0/ymN021Adtdg/wPB3MVFNmX0jEPSjlmtnhsLxqp/f8+T6jbgYHhrZ0eRAHnUelHLJ/qaBRt5E7Pv6Rp",
+	"kpNMK0EL2gePl7O23OckKLIhb5gwKVsUC8J49e7dn8x57ht3yIRnPyVtDpCwj+kTz/GojQKGz+x4vw3h",
+	"IyfDq3hRSg3uRfS4ZOemBr1gZZ+X7AAfyvgGbVf6F4wrZ1jNre9urcA5vkurreJ7sGl+jI9we+ehCuoS",
+	"YkXytHhTkhuA4bIAenoNplZLdkQBbynmx+WccRe02exYyd1DH36gwCTCgfyUEr7idQ0aP57RdWUq8CVG",
+	"X+LPBooo8iMhYcSpb4933Q8zwjDkc9dTUXMKVsb2v1hw3lj4KGBnuUhK9VgwxZ3H2fbGCLjUW5NSiWgA",
+	"gWu20T2h4BJ2WzduxK2RFUqR5GIFlbH7n/c+fH+nT8uz2hj1FrjYz4n9P1Q6xzbGeBCMl8AXwrBtNMlo",
+	"wd3vpIY8QDHu2O5GOmPTZhDO+QuskwthpWdWQvDdEiOwAh2r0zTfDJdMj4m3oyq/5PvlsxZURYpsOHxg",
+	"zexxeRDuVGTj941Fs6Rk8clJ1xNBArkJ16udA8Af5qrGhak9iPlRl565xt7IG9QBhrYzdpEEmUdc2Rij",
+	"gOsAzoJ5pTz4PhBFT0eIpwSBvQ2waJwiZ3I7QM5WuhIEutGk4oAW5w/AV6BvxDElg89QNEhr2iFLh4bb",
+	"s6DLLvBFpXGeBRk5VnBr95HZsztw512JUhTvH/oVbg5pGTEnJaWenYhrkG/BF8cUMC0ikiU8iHeIFeCe",
+	"hF/R3kMLGXO3O29MSifOqZzyXkNHbBgpWeRoylLegjONLVI+43dEle6OsLXshYV0169/Tq8FaaRXDyPx",
+	"2BO8/jnrD069JvL2JSLN5ItuYAgpbLMndJfIPK+lUjGyJ6ICBc3ltcUPLbimWl5ttF5c7FTVL+9AHVlY",
+	"PUTn3dbh0oHy/n0jeg/uz3v+HJHBpXY1FAvZZ++Bt9ZUbGN8yZwUqSivI5bmSv2xzdbvj9vW2O/ffshn",
+	"aY9SmMVqJj0TBkISbRvC17pRCuF5VwKavctCYay4p3W/DZsPOR/PyMOzjnAvurUkaJj40ePWyUOan4oy",
+	"MZcPp1ngRQluKMsk3XJhtOdSL6UHAcycuJDgIKpfcO9owJdVMi34VaoI/0qjhIuJW0cV5nU+nSVo8Drx",
+	"zjfgW2OviSRX82JafEpXBKS44321NQU4t4D3jPHbBCWv0SeFp0k3qX/hF8cg30IJ4Q44eKh5R7BWL9bw",
+	"+LxXm46t/avGsjuivW97U0kl6Jw4WMm+TFYoCdqPMvUhYUqiMSW5S4vIQ1Ur7nslJGMfl4Xw8oqLtA5t",
+	"GqlEgDVz3bfAH4gGeuA1Mz1yQKAFhSDpHahpleWuY18vZdWhDl/dmVODFm/78lQKfyJ1INZDdo3UmMbn",
+	"zJgqZ7UULg8K/BE+S59H4/hYWO7KnFGE+RjqAjlDZ/dRGTzGlY0XptWYchpbl1x3lce2RNOXnil5A26J",
+	"ariLpSFjTXJywcM/GvQFQr6NFmBZy0Pdrq+vLdVKS4lwjRJM6aFyd8WXoerQJ/kZt5bvCVbxzxdppXtH",
+	"dHj0oUCFy+hWPfDqxDEVoB5XyrT318QKPBfc8xhpJN7F1Z/TGn66MDHyGagdC0ZnrNxJfbzXg3JHq6Zi",
+	"I9k2gYpOreR2uU5dcwvaH+1mBU71d+FFoSKaOAxR0zHtJMdHu75eRe0Yrh/TkwHXD4WBBS47KGIHa0o3",
+	"mgPj7trFrgC1lhZypSONOXL6PL58qM8b7aQjABPrdG0MjbIrKlxLvTtdSLN+QGaWZ2gcCzzrAk1y+RBu",
+	"j7qd8cjJAXmMaEMA6o1iSAEHwR+mfr0V9pIcR6t08tg7isGpjoPCJMjkh0npuHHaa31vrL1ZDb7tCFK4",
+	"6uSSgqc9sI1qgS5KyS0ZM+imetxcJrJiRO0g7qv4STKV6ZzDtBrWwRnjKKrJRG7zyHgDodlDqpsH9dDp",
+	"u8767l+om+PWe3WCQhvHTQLaUhDoA5dpk1lFFP/6qPugSn+AkOseTKLfCjUxWsYQsA5iQEX61HDLtZcL",
+	"ceEeJdtYfcN0ZFSt+8bC7R2TFZH+hfgzdcEJh/U4vmxs/Hc7tpFDI6XoJD31UEdyk2kBeNDwpEtBV3Dl",
+	"oZ5z8Q8NzHmoY7qMG+fmCOmu4kWEpzGIG3u90Ov6is6ZkGIpSe763HNxGXP92qWHB5TRO6QS90xBhmk2",
+	"auQ1NHWAZ+KNHdjwkv6q2NdcYrpvXLq/RxMjnLAvk9p5rn2q/VpV0qeLtiHkpWsRpD+/cqmOdjt8GJ4Y",
+	"1dAJITqpi1D+6HXhHo4t3HnVFJj9H++yfMMtXcXrrjoXNdEOuz73gDexOHqIoxKYdTT3E7fePzdAf7Cg",
+	"pFU3meWGYZKv70MlOy0L3utmVPMgrYvc7sidtpjGwOlQ9FMFnBtGB6ul318h+4N0zkUl9TuE0Wk3gXbB",
+	"vbEnbgDbNLpWAhdkkXF47f+f0FFPwllDPK3lb7AP02My2WO9Kk3bN7xcPq6NAAVTuAEbpEMAADdIOyk5",
+	"5qw0Lf6+77QiIp19+DEk4ey8m22gbrzvChMbI/bUd9M02cBrebrnlcKXKlmAdqT78ZnnNS9KePLT6VmW",
+	"Z41VyAnva7derdq2PeW0fGrsbhW/davfL19evLm6oG+oc+4xm8qoWxm5y87/vBz1IdfZ2enTsDtSlK2z",
+	"Z6dnp88IP/qSRLfqvl7dPF1NTG4HZD9hHUGyoE6D81fjduVokvL9PDop5B0iRVJoGr4ZDS7SONYg/D7U",
+	"HhmVPHJFyK8chN4HwVL4XCvyOluuHKRv7XtR/aX3qlfMcqoD5Of8ngSEXoVK9pPpyp/Ozh40WfkQkroS",
+	"/SFN89HLX6iAQD9veaMWW5M96atuKpT8QFNV3O7n7aeJteVMQwvOhzoGuTK+c6P0MfuAh6XVcPWlh2K3",
+	"weYVhLRqqpW/SaW69shMJ1MvGrasBrCXkNLzROXdhAkYAuhhmAP9fmXso/DyQotRfngw7jtnXd6ZaWqA",
+	"CPUgHBGcV3+s43tHyI9GycjNSc3aUhYlAkHhXkRMfg21p2TDwQ1oJvie7GrK/dgR+y4COHu0AeR5++47",
+	"WkTfCDxxUQ6jLsB4NONaY9zqGwJfaRurOGo8ctsHqFU5M2mpBQAZtEKBI0CpUVFK01jGd2Yu5h5mhav+",
+	"jWK+lzccD2z/QF/4riuMKwQiCyPhOTNKPIZTXMGu64Om5T4Z5sYkW8dZXEI76KbDYHZXx+3GvLexxk/Y",
+	"JkysvhiK/k/zs7MzmpVGB3HKvkK92DkGhsRMDXVQxvCXbWAnyctCu6iVYaj9W5QyDS3ag/n3nPEdR6Rh",
+	"TM741oONf7wQpowjtJSOhUR0CerQlxPQMUugKqll1VTZ+iwxlfxDLGj6hwI/0Ib+PvZHB8yEgmmLyJca",
+	"d49kSt7yAhaB7ztc/Q8IcfdDgn3F6Ad7PsyaBVWkphMcJy7kVDnlR1bEpPZuScWy3B0JSb/rhzC3q5n/",
+	"QN5eEJ5eqMhPWNkRd4SXqy9DtfN2dQNWbqlPW8fJnCmD/6L1/tEPVv2hsHo/fH1JwLMt6S+nvp1zb4GL",
+	"0UgkoTD8HIMXxjx02AGQabmFAw9yhJl9eTCplbF6+D3hbLjhO9tziMD5GLIGIFt29S43KkmOa14dCwOZ",
+	"H27HlSPSm3HN6P0H1I1wWdCqUBRZkc7Es76MM3Z8ev7l4O8us9sPt/8KAAD//w==",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
