@@ -46,6 +46,7 @@ func (f *Fake) Freeze(ctx context.Context, id runtime.InstanceID) error {
 		return nil
 	case runtime.Running:
 		g.state.State, g.thawed = runtime.Frozen, make(chan struct{})
+		g.keep()
 		return nil
 	}
 	return g.wrongState("frozen")
@@ -67,6 +68,7 @@ func (f *Fake) Thaw(ctx context.Context, id runtime.InstanceID) error {
 		return nil
 	case runtime.Frozen:
 		g.state.State = runtime.Running
+		g.keep()
 		close(g.thawed)
 		g.thawed = nil
 		return nil
@@ -130,6 +132,7 @@ func (f *Fake) Restore(ctx context.Context, id runtime.InstanceID, dir string) e
 	}
 	g.memory = im.Memory
 	g.state.State = runtime.Running
+	g.keep()
 	if f.Body != nil {
 		g.body.Go(func() { f.Body(g) })
 	}

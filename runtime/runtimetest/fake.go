@@ -18,6 +18,13 @@ import (
 // Machine is a host in memory. Its instances outlive the [Fake] that made them,
 // as real guests outlive the server. The zero value is ready to use.
 type Machine struct {
+	// Dir, if set, is a directory that keeps the instances, so that they outlive
+	// the process, too: as they were when the last call that changed one
+	// returned. What a Body does goes with the process. Two processes must not
+	// use one at a time.
+	Dir string
+
+	load      sync.Once
 	mu        sync.Mutex
 	instances map[runtime.InstanceID]*Guest
 	pid       int
@@ -61,6 +68,7 @@ type Guest struct {
 	// Done is closed when the instance ends or is killed.
 	Done chan struct{}
 
+	machine *Machine
 	now     func() time.Time
 	body    sync.WaitGroup
 	mu      sync.Mutex
@@ -84,6 +92,7 @@ func (g *Guest) SetMemory(text string) {
 	g.run()
 	defer g.mu.Unlock()
 	g.memory = text
+	g.keep()
 }
 
 // run waits until the guest may run, or has ended, and returns with g.mu held.
@@ -126,6 +135,7 @@ func (g *Guest) End(e runtime.Exit) {
 		e.At = g.now().UTC()
 	}
 	g.state.State, g.state.Exit = runtime.Exited, &e
+	g.keep()
 	close(g.Done)
 }
 
@@ -152,6 +162,7 @@ func (f *Fake) machine() *Machine {
 			f.Machine = &f.own
 		}
 	})
+	f.Machine.load.Do(func() { f.Machine.read(f.now) })
 	return f.Machine
 }
 
@@ -241,8 +252,10 @@ func (f *Fake) Create(ctx context.Context, s runtime.Spec) error {
 		m.instances = map[runtime.InstanceID]*Guest{}
 	}
 	m.pid++
-	m.instances[s.ID] = &Guest{Spec: s, Done: make(chan struct{}), now: f.now, state: runtime.Instance{
+	g := &Guest{Spec: s, Done: make(chan struct{}), machine: m, now: f.now, state: runtime.Instance{
 		ID: s.ID, PID: 1<<22 + m.pid, State: runtime.Created, CreatedAt: f.now().UTC(), Labels: maps.Clone(s.Labels)}}
+	m.instances[s.ID] = g
+	g.keep()
 	return nil
 }
 
@@ -273,6 +286,7 @@ func (f *Fake) Start(ctx context.Context, id runtime.InstanceID) error {
 		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime, Message: fmt.Sprintf("instance %s is %s; only a created one can be started", id, g.state.State)}
 	}
 	g.state.State = runtime.Running
+	g.keep()
 	if f.Body != nil {
 		g.body.Go(func() { f.Body(g) })
 	}
@@ -299,6 +313,7 @@ func (f *Fake) Kill(ctx context.Context, id runtime.InstanceID) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.instances, id)
+	m.forget(id)
 	return nil
 }
 
