@@ -117,7 +117,7 @@ func newAPI(s *server) *api.Server {
 	return &api.Server{
 		Store: s.store, Node: s.host.orch, Snapshots: s.host.orch, Metrics: s.host.orch, Domain: s.publicDomain(),
 		Pepper: cay.Secret(s.creds.Pepper), Seed: cay.Secret(s.creds.Seed), AdminToken: cay.Secret(s.creds.AdminToken),
-		Log: s.log.With("part", "api"),
+		Log: s.log.With("part", "api"), Fault: killpoints(),
 	}
 }
 

@@ -80,6 +80,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
 		MemoryAvailable: orchestrator.MemoryAvailable,
 		Log:             log.With("part", "orchestrator"),
+		Fault:           killpoints(),
 	}
 	return h
 }

@@ -47,7 +47,7 @@ func Fails(point string) bool {
 
 // Undoes reports whether a point is passed only when the operation has failed.
 func Undoes(point string) bool {
-	return strings.Contains(point, ".undo.")
+	return strings.Contains(point, ".undo")
 }
 
 // Points are all of them. A test holds this list and the code together: a point

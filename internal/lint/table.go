@@ -74,6 +74,7 @@ var Packages = []Package{
 	{"store/storetest", Suite, "the proof of store"},
 	{"template", Service, "recipe → image → layers → verified build"},
 	{"templates", Data, "the recipes of the stock templates"},
+	{"test/crash", Test, "kills servers at every point of what they do"},
 	{"test/envd", Test, "the whole contract of the daemon in a sandbox, through the whole program"},
 	{"test/invariant", Test, "reads from the host what a server has on it, and says what is left over"},
 	{"test/isolation", Test, "what a guest may reach, from inside"},

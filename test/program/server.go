@@ -34,6 +34,8 @@ type Options struct {
 	Args []string
 	// Binary is the program, if it is not the one under test.
 	Binary string
+	// Env is added to the server's environment.
+	Env []string
 	// Fresh has the server begin with an empty data directory. Else it has one
 	// with the base template in it, made once in a process for each size.
 	Fresh bool
@@ -50,7 +52,6 @@ type Server struct {
 	Ready time.Duration
 
 	opts     Options
-	env      []string
 	progress io.Writer // nil: kept in log
 	cmd      *exec.Cmd
 	done     chan struct{} // closed when cmd has ended
@@ -232,7 +233,7 @@ func (s *Server) launch() error {
 		"--proxy-addr", strings.TrimPrefix(s.Proxy, "http://"), "--pool-size", strconv.Itoa(s.opts.Pool),
 		"--memory-mb", strconv.Itoa(s.opts.MemoryMB), "--disk-mb", strconv.Itoa(s.opts.DiskMB)}, s.opts.Args...)
 	s.cmd = exec.Command(s.opts.Binary, args...)
-	s.cmd.Env = append(s.environ(), s.env...)
+	s.cmd.Env = append(s.environ(), s.opts.Env...)
 	s.cmd.Stderr = &s.log
 	if s.progress != nil {
 		s.cmd.Stderr = io.MultiWriter(&s.log, s.progress)
@@ -282,9 +283,6 @@ func (s *Server) SetArgs(args ...string) { s.opts.Args = args }
 
 // SetBinary replaces the program of the next Up, as an upgrade does.
 func (s *Server) SetBinary(path string) { s.opts.Binary = path }
-
-// SetEnv adds to the environment of the next Ups; no argument takes that back.
-func (s *Server) SetEnv(env ...string) { s.env = env }
 
 // PID is the server's process.
 func (s *Server) PID() int { return s.cmd.Process.Pid }
