@@ -51,7 +51,9 @@ type Node interface {
 	// also for a sandbox that ended less than an hour ago.
 	Console(ctx context.Context, id SandboxID) ([]ConsoleLine, error)
 
-	// Trace returns the timed steps of the sandbox's start.
+	// Trace returns the timed steps of the sandbox's start, and after them those
+	// of its last pause or snapshot, also for a sandbox that ended or was paused
+	// less than an hour ago.
 	Trace(ctx context.Context, id SandboxID) ([]StartStep, error)
 
 	// Watch calls f for every sandbox that ends, until ctx ends. Ends that

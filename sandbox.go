@@ -166,9 +166,11 @@ type SandboxOnHost struct {
 	DiskImage      string `json:"diskImage"`      // file that holds what the guest wrote
 }
 
-// StartStep is one timed step of a start, kept so that a slow or failed create
-// can be explained.
+// StartStep is one timed step of a start, or of the last save, kept so that a
+// slow or failed one can be explained.
 type StartStep struct {
+	// Op is the operation, "pause" or "snapshot"; empty is the start.
+	Op   string        `json:"op,omitempty"`
 	Name  string        `json:"name"`
 	Layer Layer         `json:"layer"`
 	Took  time.Duration `json:"took"` // nanoseconds

@@ -112,7 +112,7 @@ func (s operatorHandlers) TraceSandbox(ctx context.Context, r operator.TraceSand
 	}
 	out := make(operator.TraceSandbox200JSONResponse, len(steps))
 	for i, st := range steps {
-		out[i] = operator.StartStep{Name: st.Name, Layer: string(st.Layer), TookMs: st.Took.Seconds() * 1000, Error: st.Error}
+		out[i] = operator.StartStep{Operation: cmp.Or(st.Op, "start"), Name: st.Name, Layer: string(st.Layer), TookMs: st.Took.Seconds() * 1000, Error: st.Error}
 	}
 	return out, nil
 }

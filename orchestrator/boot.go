@@ -99,7 +99,12 @@ func (o *Orchestrator) writeLocked(op killpoint.Op, r record, name string) error
 // step records how long a part of the start took. With an error it also keeps
 // its text, so that the trace shows where a start failed.
 func (o *Orchestrator) step(g *guest, name string, l cay.Layer, began time.Time, err error) {
-	s := cay.StartStep{Name: name, Layer: l, Took: o.now().Sub(began)}
+	o.stepOf(g, "", name, l, began, err)
+}
+
+// stepOf is step for another operation than the start.
+func (o *Orchestrator) stepOf(g *guest, op, name string, l cay.Layer, began time.Time, err error) {
+	s := cay.StartStep{Op: op, Name: name, Layer: l, Took: o.now().Sub(began)}
 	if err != nil {
 		s.Error = err.Error()
 	}

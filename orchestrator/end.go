@@ -53,6 +53,7 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 		o.keepPast(ctx, g, refused)
 	}
 	o.Fault.Pass(g.op, "engine-gone.before")
+	ending := o.now()
 	if !o.again("ending the guest", id, func() error { return o.Runtime.Kill(ctx, runtime.InstanceID(id)) }) {
 		return
 	}
@@ -63,6 +64,9 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	}
 	delete(o.guests, id)
 	o.mu.Unlock()
+	if g.rec.EndReason == cay.EndPaused {
+		o.past.step(sbx, cay.StartStep{Op: string(killpoint.Pause), Name: "end", Layer: cay.LayerRuntime, Took: o.now().Sub(ending)})
+	}
 	close(g.gone)
 	if sbx != "" {
 		e := cay.SandboxEnd{ID: sbx, ExecutionID: id, Reason: g.rec.EndReason, Message: g.rec.EndMessage, At: o.now()}
@@ -226,6 +230,16 @@ func (p *past) put(id cay.SandboxID, g pastGuest) {
 		}
 	}
 	delete(p.m, oldest)
+}
+
+// step adds a step to what is remembered of a sandbox.
+func (p *past) step(id cay.SandboxID, s cay.StartStep) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if g, ok := p.m[id]; ok {
+		g.steps = append(g.steps, s)
+		p.m[id] = g
+	}
 }
 
 func (p *past) get(id cay.SandboxID) (pastGuest, bool) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -44,6 +45,9 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 		g.op = killpoint.Pause
 	}
 	op := g.op
+	began := o.now()
+	// Only the steps of the last save are kept.
+	g.rec.Steps = slices.DeleteFunc(g.rec.Steps, func(s cay.StartStep) bool { return s.Op != "" })
 	if err := o.moveLocked(g, saving); err != nil {
 		g.rec.Saving, g.rec.SavePauses = "", false
 		o.mu.Unlock()
@@ -53,10 +57,13 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 	o.mu.Unlock()
 	defer o.wg.Done()
 
-	began := o.now()
+	o.stepOf(g, string(op), "record", cay.LayerStorage, began, nil)
 	m, frozen, err := o.save(ctx, g, q, op)
 	if err != nil {
-		return m, errors.Join(err, o.unsave(ctx, g, op, q.Snapshot))
+		undo := o.now()
+		uerr := o.unsave(ctx, g, op, q.Snapshot)
+		o.stepOf(g, string(op), "undo", cay.LayerRuntime, undo, uerr)
+		return m, errors.Join(err, uerr)
 	}
 	o.log().Info("sandbox saved", "sandbox", id, "execution", g.rec.Execution, "snapshot", q.Snapshot, "pause", q.Pause,
 		"frozen", frozen, "took", o.now().Sub(began))
@@ -89,6 +96,10 @@ const thawPatience = 3 * time.Second
 // still does.
 func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op killpoint.Op) (m cay.Snapshot, frozen time.Duration, err error) {
 	at := func(step string) error { return o.Fault.At(op, step) }
+	done := func(name string, l cay.Layer, began time.Time, err error) error {
+		o.stepOf(g, string(op), name, l, began, err)
+		return err
+	}
 	exec := string(g.rec.Execution)
 	memory, err := o.snapshots.begin(q.Snapshot, at)
 	if err != nil {
@@ -100,10 +111,11 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	addr, rec := g.addr(), g.rec
 	o.mu.Unlock()
 	if q.Healthy {
+		began := o.now()
 		ask, stop := context.WithTimeout(ctx, healthTimeout)
 		_, err := o.Guest.Identity(ask, addr)
 		stop()
-		if err != nil {
+		if err := done("health", cay.LayerEnvd, began, err); err != nil {
 			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the daemon in the guest does not answer: " + err.Error(), Fix: "try again, or save the guest as it is", Err: err}
 		}
@@ -111,16 +123,18 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	if !q.Memory {
 		// Without its memory the guest will come back as after a power cut, so
 		// its file systems are told to write everything first.
+		began := o.now()
 		o.Fault.Pass(op, "sync.before")
 		err := o.Guest.Sync(ctx, addr)
 		o.Fault.Pass(op, "sync.after")
-		if err != nil {
+		if err := done("sync", cay.LayerEnvd, began, err); err != nil {
 			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the guest could not write back its files before the snapshot: " + err.Error(), Fix: "try again", Err: err}
 		}
 	}
+	began := o.now()
 	o.Fault.Pass(op, "flush.before")
-	if err := o.Disks.Flush(exec); err != nil {
+	if err := done("flush", cay.LayerStorage, began, o.Disks.Flush(exec)); err != nil {
 		return m, 0, err
 	}
 	o.Fault.Pass(op, "flush.after")
@@ -136,26 +150,29 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	}
 	stopped := o.now()
 	o.Fault.Pass(op, "freeze.before")
-	if err := o.Runtime.Freeze(ctx, runtime.InstanceID(exec)); err != nil {
+	if err := done("freeze", cay.LayerRuntime, stopped, o.Runtime.Freeze(ctx, runtime.InstanceID(exec))); err != nil {
 		return m, 0, o.savingDied(g, err)
 	}
 	o.Fault.Pass(op, "freeze.after")
 	if q.Memory {
+		began = o.now()
 		o.Fault.Pass(op, "checkpoint.before")
-		if err := o.Runtime.Checkpoint(ctx, runtime.InstanceID(exec), memory); err != nil {
+		if err := done("checkpoint", cay.LayerRuntime, began, o.Runtime.Checkpoint(ctx, runtime.InstanceID(exec), memory)); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
 		o.Fault.Pass(op, "checkpoint.after")
 	}
+	began = o.now()
 	o.Fault.Pass(op, "disk.before")
 	saved, err := o.Disks.Save(ctx, exec, string(q.Snapshot))
-	if err != nil {
+	if err := done("disk", cay.LayerStorage, began, err); err != nil {
 		return m, 0, err
 	}
 	o.Fault.Pass(op, "disk.after")
 	if !q.Pause {
+		began = o.now()
 		o.Fault.Pass(op, "thaw.before")
-		if err := o.Runtime.Thaw(ctx, runtime.InstanceID(exec)); err != nil {
+		if err := done("thaw", cay.LayerRuntime, began, o.Runtime.Thaw(ctx, runtime.InstanceID(exec))); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
 		o.Fault.Pass(op, "thaw.after")
@@ -165,17 +182,20 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
 		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
 	if q.Memory {
+		began = o.now()
 		if err = at("digest.before-read"); err == nil {
 			m.Memory, err = measure(ctx, memory)
 		}
-		if err != nil {
+		if err := done("digest", cay.LayerStorage, began, err); err != nil {
 			return m, frozen, storageError("read back the memory of snapshot "+string(q.Snapshot), err)
 		}
 	}
 	if m.Disk, err = stamp(saved.File); err != nil {
 		return m, frozen, storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
 	}
-	return m, frozen, o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
+	began = o.now()
+	err = o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
+	return m, frozen, done("manifest", cay.LayerStorage, began, err)
 }
 
 // savingDied says so when an operation failed because the guest ended.

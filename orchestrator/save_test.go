@@ -44,6 +44,22 @@ func wantSnapshots(t *testing.T, o *orchestrator.Orchestrator, w *world, want ..
 	}
 }
 
+// stepsOf names the steps of a sandbox's last save.
+func stepsOf(t *testing.T, o *orchestrator.Orchestrator, id cay.SandboxID) string {
+	t.Helper()
+	trace, err := o.Trace(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, s := range trace {
+		if s.Op != "" {
+			names = append(names, s.Name)
+		}
+	}
+	return strings.Join(names, " ")
+}
+
 func from(id string, s cay.SnapshotID, mode cay.StartMode) cay.SandboxConfig {
 	c := config(id)
 	c.From, c.Mode = s, mode
@@ -66,6 +82,9 @@ func TestPauseAndResume(t *testing.T) {
 			t.Errorf("manifest %+v", m)
 		}
 		wantClean(t, w, dir) // a paused sandbox costs no process, slot, disk or record
+		if got, want := stepsOf(t, o, "i1"), "record flush freeze checkpoint disk digest manifest end"; got != want {
+			t.Errorf("the pause has the steps %q; want %q", got, want)
+		}
 		wantSnapshots(t, o, w, snap)
 		if _, err := o.Get(t.Context(), "i1"); cay.CodeOf(err) != cay.CodeSandboxNotFound {
 			t.Errorf("a paused sandbox is still there: %v", err)
@@ -111,6 +130,9 @@ func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantSnapshots(t, o, w, snap)
+		if got, want := stepsOf(t, o, "i1"), "record flush freeze checkpoint disk thaw digest manifest"; got != want {
+			t.Errorf("the snapshot has the steps %q; want %q", got, want)
+		}
 		in := w.instances[runtime.InstanceID(s.ExecutionID)]
 		if in == nil || in.state != runtime.Running {
 			t.Fatalf("the sandbox does not run on: %+v", in)

@@ -249,7 +249,8 @@ func (f *fakeServer) apiHandler() http.Handler {
 			noSandbox(w, r.PathValue("id"))
 			return
 		}
-		reply(w, 200, []operator.StartStep{{Name: "network slot", Layer: "network", TookMs: 0.3}, {Name: "engine", Layer: "runtime", TookMs: 61.25}})
+		reply(w, 200, []operator.StartStep{{Operation: "start", Name: "network slot", Layer: "network", TookMs: 0.3}, {Operation: "start", Name: "engine", Layer: "runtime", TookMs: 61.25},
+			{Operation: "pause", Name: "freeze", Layer: "runtime", TookMs: 2}, {Operation: "pause", Name: "checkpoint", Layer: "runtime", TookMs: 40.5, Error: "no room"}})
 	}))
 	m.HandleFunc("GET /operator/v1/sandboxes/{id}/console", admin(func(w http.ResponseWriter, r *http.Request) {
 		if r.PathValue("id") != guarded {

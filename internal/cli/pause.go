@@ -235,10 +235,10 @@ func tree(all []operator.SandboxRecord) []string {
 func (c *CLI) explainCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:   "explain SANDBOX",
-		Short: "Tell what became of a sandbox, and how long each step of its last start took",
+		Short: "Tell what became of a sandbox, and how long each step of its last start and pause took",
 		Long: `Tells what became of a sandbox, from its making to its end, with the reason of
-what failed; and each step of its last start or resume with the part of the
-system that did it and how long that took.`,
+what failed; and each step of its last start or resume, and of its last pause or
+snapshot, with the part of the system that did it and how long that took.`,
 		Example:           "  cay sandbox explain i1a2b3c4d5e6f7g8h9j0k",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: c.firstSandboxID,

@@ -344,18 +344,27 @@ func (c *CLI) printInspection(in inspection, lines int) error {
 	return nil
 }
 
-// printTrace prints the steps of a start, if they are known.
+// printTrace prints the steps of a start and of what came after it, if they are
+// known: a table for each operation.
 func (c *CLI) printTrace(steps []operator.StartStep) error {
-	if len(steps) == 0 {
-		return nil
+	for len(steps) > 0 {
+		op := steps[0].Operation
+		n := slices.IndexFunc(steps, func(s operator.StartStep) bool { return s.Operation != op })
+		if n < 0 {
+			n = len(steps)
+		}
+		fmt.Fprintln(c.Out)
+		var rows [][]string
+		var sum float64
+		for _, s := range steps[:n] {
+			sum += s.TookMs
+			rows = append(rows, []string{s.Name, s.Layer, fmt.Sprintf("%.1f ms", s.TookMs), s.Error})
+		}
+		rows = append(rows, []string{"sum", "", fmt.Sprintf("%.1f ms", sum), ""})
+		if err := writeTable(c.Out, strings.ToUpper(op)+"\tLAYER\tTOOK\tERROR", rows); err != nil {
+			return err
+		}
+		steps = steps[n:]
 	}
-	fmt.Fprintln(c.Out)
-	var rows [][]string
-	var sum float64
-	for _, s := range steps {
-		sum += s.TookMs
-		rows = append(rows, []string{s.Name, s.Layer, fmt.Sprintf("%.1f ms", s.TookMs), s.Error})
-	}
-	rows = append(rows, []string{"sum", "", fmt.Sprintf("%.1f ms", sum), ""})
-	return writeTable(c.Out, "START\tLAYER\tTOOK\tERROR", rows)
+	return nil
 }

@@ -295,7 +295,7 @@ type Snapshot struct {
 	TemplateID string `json:"templateID"`
 }
 
-// StartStep One step of a start.
+// StartStep One step of a start, a pause or a snapshot.
 type StartStep struct {
 	// Error Empty when it worked.
 	Error string `json:"error"`
@@ -303,6 +303,9 @@ type StartStep struct {
 	// Layer The part of the system that did it.
 	Layer string `json:"layer"`
 	Name  string `json:"name"`
+
+	// Operation The operation that the step is of: start, pause or snapshot.
+	Operation string `json:"operation"`
 
 	// TookMs How long it took.
 	TookMs float64 `json:"tookMs"`
@@ -464,7 +467,7 @@ type ClientInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
 	SandboxEgress(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// TraceSandbox The timed steps of a sandbox's start, in order.
+	// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	//
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 	TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error)
@@ -566,7 +569,7 @@ func (c *Client) SandboxEgress(ctx context.Context, sandboxID SandboxID, params 
 	return c.Client.Do(req)
 }
 
-// TraceSandbox The timed steps of a sandbox's start, in order.
+// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 //
 // Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 func (c *Client) TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error) {
@@ -1062,7 +1065,7 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
 	SandboxEgressWithResponse(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*SandboxEgressResponse, error)
 
-	// TraceSandboxWithResponse The timed steps of a sandbox's start, in order.
+	// TraceSandboxWithResponse The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	//
 	// Returns a wrapper object for the known response body format(s).
 	//
@@ -1383,7 +1386,7 @@ func (c *ClientWithResponses) SandboxEgressWithResponse(ctx context.Context, san
 	return ParseSandboxEgressResponse(rsp)
 }
 
-// TraceSandboxWithResponse The timed steps of a sandbox's start, in order.
+// TraceSandboxWithResponse The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 //
 // Returns a wrapper object for the known response body format(s).
 //
@@ -1741,7 +1744,7 @@ type ServerInterface interface {
 	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
 	// (GET /operator/v1/sandboxes/{sandboxID}/egress)
 	SandboxEgress(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params SandboxEgressParams)
-	// TraceSandbox The timed steps of a sandbox's start, in order.
+	// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// ListSnapshots Every snapshot on the machine.
@@ -1789,7 +1792,7 @@ func (_ Unimplemented) SandboxEgress(w http.ResponseWriter, r *http.Request, san
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// TraceSandbox The timed steps of a sandbox's start, in order.
+// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 // (GET /operator/v1/sandboxes/{sandboxID}/trace)
 func (_ Unimplemented) TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -2569,7 +2572,7 @@ type StrictServerInterface interface {
 	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
 	// (GET /operator/v1/sandboxes/{sandboxID}/egress)
 	SandboxEgress(ctx context.Context, request SandboxEgressRequestObject) (SandboxEgressResponseObject, error)
-	// TraceSandbox The timed steps of a sandbox's start, in order.
+	// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(ctx context.Context, request TraceSandboxRequestObject) (TraceSandboxResponseObject, error)
 	// ListSnapshots Every snapshot on the machine.
@@ -2858,64 +2861,65 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFtbb9y4kv4rhHYBvyhuZ5Ldh86TJ+PZGDPJDOJgZoEgCNhidYtjilRIykoj8H8/qCJ1a1FtO3FyzlvS",
-	"pMhiXb+6+EtWmKo2GrR32fpLVnPLK/Bg6X+Oa7Exny9/wf8IcIWVtZdGZ+vsXQksLufMbBnXe+aBV6dZ",
-	"nkncUHNfZnmmeQXZenRSnln41EgLIlt720CeuaKEiuMVfl/TZm+l3mW3t3nmNK9dafwiCXH9XjQMZz2E",
-	"iFvc7GqjHRBTfuVSNRbwn4XRHrTHf/K6VrLgSNrqH4f0fRmd+d8Wttk6+6/VwO1VWHWrC2uNDfdM3/f8",
-	"7Iz5EhiSCs6zjQV+7RhntlHwgj0/e0rL3lyDZtKxSjon9Y4Zy1pr9A63PMctFnBZG+aaouyk9oL9Tzzf",
-	"gb0By7ZcKhD487PxzwXX2ngmDJOeadOeBrkE4vFtL412RsHvUsNcRudMSQ0oHDxyh+84cawIn6Ccamtq",
-	"sF4G3nr47BMyyDMvK3CeVzWubo2tuM/WmeAenuBSlid0ZxDx+9H3ebjkQ/+F2fwDhcdLLnYWnHsL28Zx",
-	"lXqLAOelJiEzX3LPWu6Yxf0gmDeMd8ydv6wwTVCU6ZmvTMvM1oPOGfdMAXd+zVo8ujAVOOaNYVvufBAg",
-	"/tpoD+J0eLDUHnZgs6A+HXkJ6oXA1zGuBauN9S8YVLXfs62xjLNPDdh9zlrpS9N4xmkLa0l3ggZxC0wb",
-	"DadzXufZVlrn7yuaPFP8IbuD+R6+529kkh+8ECu4UiCYRF9gw+OStNbWeFOYhIB9UeesEXXOZFHVOfPK",
-	"5az0vs6Z0IFzeKGS12kuWODR8udLjYK0BwPt7b4zkNooWezpASdctXzfq9dJzk6QEe6EFpWspD9JUuHg",
-	"0/ymN021Adtdg/wPB3MVFNmX0jEPSjlmtnhsLxqp/f8+T6jbgYHhrZ0eRAHnUelHLJ/qaBRt5E7Pv6Rp",
-	"kpNMK0EL2gePl7O23OckKLIhb5gwKVsUC8J49e7dn8x57ht3yIRnPyVtDpCwj+kTz/GojQKGz+x4vw3h",
-	"IyfDq3hRSg3uRfS4ZOemBr1gZZ+X7AAfyvgGbVf6F4wrZ1jNre9urcA5vkurreJ7sGl+jI9we+ehCuoS",
-	"YkXytHhTkhuA4bIAenoNplZLdkQBbynmx+WccRe02exYyd1DH36gwCTCgfyUEr7idQ0aP57RdWUq8CVG",
-	"X+LPBooo8iMhYcSpb4933Q8zwjDkc9dTUXMKVsb2v1hw3lj4KGBnuUhK9VgwxZ3H2fbGCLjUW5NSiWgA",
-	"gWu20T2h4BJ2WzduxK2RFUqR5GIFlbH7n/c+fH+nT8uz2hj1FrjYz4n9P1Q6xzbGeBCMl8AXwrBtNMlo",
-	"wd3vpIY8QDHu2O5GOmPTZhDO+QuskwthpWdWQvDdEiOwAh2r0zTfDJdMj4m3oyq/5PvlsxZURYpsOHxg",
-	"zexxeRDuVGTj941Fs6Rk8clJ1xNBArkJ16udA8Af5qrGhak9iPlRl565xt7IG9QBhrYzdpEEmUdc2Rij",
-	"gOsAzoJ5pTz4PhBFT0eIpwSBvQ2waJwiZ3I7QM5WuhIEutGk4oAW5w/AV6BvxDElg89QNEhr2iFLh4bb",
-	"s6DLLvBFpXGeBRk5VnBr95HZsztw512JUhTvH/oVbg5pGTEnJaWenYhrkG/BF8cUMC0ikiU8iHeIFeCe",
-	"hF/R3kMLGXO3O29MSifOqZzyXkNHbBgpWeRoylLegjONLVI+43dEle6OsLXshYV0169/Tq8FaaRXDyPx",
-	"2BO8/jnrD069JvL2JSLN5ItuYAgpbLMndJfIPK+lUjGyJ6ICBc3ltcUPLbimWl5ttF5c7FTVL+9AHVlY",
-	"PUTn3dbh0oHy/n0jeg/uz3v+HJHBpXY1FAvZZ++Bt9ZUbGN8yZwUqSivI5bmSv2xzdbvj9vW2O/ffshn",
-	"aY9SmMVqJj0TBkISbRvC17pRCuF5VwKavctCYay4p3W/DZsPOR/PyMOzjnAvurUkaJj40ePWyUOan4oy",
-	"MZcPp1ngRQluKMsk3XJhtOdSL6UHAcycuJDgIKpfcO9owJdVMi34VaoI/0qjhIuJW0cV5nU+nSVo8Drx",
-	"zjfgW2OviSRX82JafEpXBKS44321NQU4t4D3jPHbBCWv0SeFp0k3qX/hF8cg30IJ4Q44eKh5R7BWL9bw",
-	"+LxXm46t/avGsjuivW97U0kl6Jw4WMm+TFYoCdqPMvUhYUqiMSW5S4vIQ1Ur7nslJGMfl4Xw8oqLtA5t",
-	"GqlEgDVz3bfAH4gGeuA1Mz1yQKAFhSDpHahpleWuY18vZdWhDl/dmVODFm/78lQKfyJ1INZDdo3UmMbn",
-	"zJgqZ7UULg8K/BE+S59H4/hYWO7KnFGE+RjqAjlDZ/dRGTzGlY0XptWYchpbl1x3lce2RNOXnil5A26J",
-	"ariLpSFjTXJywcM/GvQFQr6NFmBZy0Pdrq+vLdVKS4lwjRJM6aFyd8WXoerQJ/kZt5bvCVbxzxdppXtH",
-	"dHj0oUCFy+hWPfDqxDEVoB5XyrT318QKPBfc8xhpJN7F1Z/TGn66MDHyGagdC0ZnrNxJfbzXg3JHq6Zi",
-	"I9k2gYpOreR2uU5dcwvaH+1mBU71d+FFoSKaOAxR0zHtJMdHu75eRe0Yrh/TkwHXD4WBBS47KGIHa0o3",
-	"mgPj7trFrgC1lhZypSONOXL6PL58qM8b7aQjABPrdG0MjbIrKlxLvTtdSLN+QGaWZ2gcCzzrAk1y+RBu",
-	"j7qd8cjJAXmMaEMA6o1iSAEHwR+mfr0V9pIcR6t08tg7isGpjoPCJMjkh0npuHHaa31vrL1ZDb7tCFK4",
-	"6uSSgqc9sI1qgS5KyS0ZM+imetxcJrJiRO0g7qv4STKV6ZzDtBrWwRnjKKrJRG7zyHgDodlDqpsH9dDp",
-	"u8767l+om+PWe3WCQhvHTQLaUhDoA5dpk1lFFP/6qPugSn+AkOseTKLfCjUxWsYQsA5iQEX61HDLtZcL",
-	"ceEeJdtYfcN0ZFSt+8bC7R2TFZH+hfgzdcEJh/U4vmxs/Hc7tpFDI6XoJD31UEdyk2kBeNDwpEtBV3Dl",
-	"oZ5z8Q8NzHmoY7qMG+fmCOmu4kWEpzGIG3u90Ov6is6ZkGIpSe763HNxGXP92qWHB5TRO6QS90xBhmk2",
-	"auQ1NHWAZ+KNHdjwkv6q2NdcYrpvXLq/RxMjnLAvk9p5rn2q/VpV0qeLtiHkpWsRpD+/cqmOdjt8GJ4Y",
-	"1dAJITqpi1D+6HXhHo4t3HnVFJj9H++yfMMtXcXrrjoXNdEOuz73gDexOHqIoxKYdTT3E7fePzdAf7Cg",
-	"pFU3meWGYZKv70MlOy0L3utmVPMgrYvc7sidtpjGwOlQ9FMFnBtGB6ul318h+4N0zkUl9TuE0Wk3gXbB",
-	"vbEnbgDbNLpWAhdkkXF47f+f0FFPwllDPK3lb7AP02My2WO9Kk3bN7xcPq6NAAVTuAEbpEMAADdIOyk5",
-	"5qw0Lf6+77QiIp19+DEk4ey8m22gbrzvChMbI/bUd9M02cBrebrnlcKXKlmAdqT78ZnnNS9KePLT6VmW",
-	"Z41VyAnva7derdq2PeW0fGrsbhW/davfL19evLm6oG+oc+4xm8qoWxm5y87/vBz1IdfZ2enTsDtSlK2z",
-	"Z6dnp88IP/qSRLfqvl7dPF1NTG4HZD9hHUGyoE6D81fjduVokvL9PDop5B0iRVJoGr4ZDS7SONYg/D7U",
-	"HhmVPHJFyK8chN4HwVL4XCvyOluuHKRv7XtR/aX3qlfMcqoD5Of8ngSEXoVK9pPpyp/Ozh40WfkQkroS",
-	"/SFN89HLX6iAQD9veaMWW5M96atuKpT8QFNV3O7n7aeJteVMQwvOhzoGuTK+c6P0MfuAh6XVcPWlh2K3",
-	"weYVhLRqqpW/SaW69shMJ1MvGrasBrCXkNLzROXdhAkYAuhhmAP9fmXso/DyQotRfngw7jtnXd6ZaWqA",
-	"CPUgHBGcV3+s43tHyI9GycjNSc3aUhYlAkHhXkRMfg21p2TDwQ1oJvie7GrK/dgR+y4COHu0AeR5++47",
-	"WkTfCDxxUQ6jLsB4NONaY9zqGwJfaRurOGo8ctsHqFU5M2mpBQAZtEKBI0CpUVFK01jGd2Yu5h5mhav+",
-	"jWK+lzccD2z/QF/4riuMKwQiCyPhOTNKPIZTXMGu64Om5T4Z5sYkW8dZXEI76KbDYHZXx+3GvLexxk/Y",
-	"JkysvhiK/k/zs7MzmpVGB3HKvkK92DkGhsRMDXVQxvCXbWAnyctCu6iVYaj9W5QyDS3ag/n3nPEdR6Rh",
-	"TM741oONf7wQpowjtJSOhUR0CerQlxPQMUugKqll1VTZ+iwxlfxDLGj6hwI/0Ib+PvZHB8yEgmmLyJca",
-	"d49kSt7yAhaB7ztc/Q8IcfdDgn3F6Ad7PsyaBVWkphMcJy7kVDnlR1bEpPZuScWy3B0JSb/rhzC3q5n/",
-	"QN5eEJ5eqMhPWNkRd4SXqy9DtfN2dQNWbqlPW8fJnCmD/6L1/tEPVv2hsHo/fH1JwLMt6S+nvp1zb4GL",
-	"0UgkoTD8HIMXxjx02AGQabmFAw9yhJl9eTCplbF6+D3hbLjhO9tziMD5GLIGIFt29S43KkmOa14dCwOZ",
-	"H27HlSPSm3HN6P0H1I1wWdCqUBRZkc7Es76MM3Z8ev7l4O8us9sPt/8KAAD//w==",
+	"zFtfb9y2lv8qhHYBvygep8nuw+TJTd2N0SYt4qBdIAgCjnhmxJoiFZLyZBD4u1+cQ0qiZqixnTi59y0Z",
+	"UuTh+fs7f/ylqEzTGg3au2L5pWi55Q14sPQ/x7VYmc+Xv+B/BLjKytZLo4tl8a4GFpdLZtaM6x3zwJvT",
+	"oiwkbmi5r4uy0LyBYpmcVBYWPnXSgiiW3nZQFq6qoeF4hd+1tNlbqTfF7W1ZOM1bVxs/S0JcvxcN41kP",
+	"IeIWN7vWaAfElF+5VJ0F/GdltAft8Z+8bZWsOJK2+MchfV+SM//bwrpYFv+1GLm9CKtucWGtseGe6fue",
+	"n50xXwNDUsF5trLArx3jzHYKXrDnZ09p2Ztr0Ew61kjnpN4wY9nWGr3BLc9xiwVc1oa5rqp7qb1g/xPP",
+	"d2BvwLI1lwoE/vws/bniWhvPhGHSM222p0EugXh820ujnVHwu9RwKKNzpqQGFA4eucF3nDhWhU9QTq01",
+	"LVgvA289fPYZGZSFlw04z5sWV9fGNtwXy0JwD09wqSgzujOK+H3yfRku+TB8YVb/QOXxkouNBefewrpz",
+	"XOXeIsB5qUnIzNfcsy13zOJ+EMwbxnvmHr6sMl1QlOmZr8yWmbUHXTLumQLu/JJt8ejKNOCYN4atufNB",
+	"gPhrpz2I0/HBUnvYgC2C+vTkZagXAl/HuBasNda/YNC0fsfWxjLOPnVgdyXbSl+bzjNOW9iWdCdoELfA",
+	"tNFwesjrslhL6/x9RVMWij9kdzDf/ff8jUzyoxdiFVcKBJPoC2x4XJbW1hpvKpMRsK/aknWiLZmsmrZk",
+	"XrmS1d63JRM6cA4vVPI6zwULPFr+4VKnIO/BQHu76w2kNUpWO3rACVdbvhvU66RkJ8gId0KLSjbSn2Sp",
+	"cPDp8KY3XbMC21+D/A8HcxUU2dfSMQ9KOWbWeOwgGqn9/z7PqNuegeGtvR5EAZdR6ROWT3U0ijZyZ+Bf",
+	"1jTJSeaVYAvaB49Xsm29K0lQZEPeMGFytihmhPHq3bs/mfPcd26fCc9+ytocIGEf8yee41ErBQyf2fN+",
+	"HcJHSYbX8KqWGtyL6HHJzk0LesbKPs/ZAT6U8RXarvQvGFfOsJZb39/agHN8k1dbxXdg8/xIj3A756EJ",
+	"6hJiRfa0eFOWG4DhsgJ6egumVXN2RAFvLubH5ZJxF7TZbFjN3UMfvqfAJMKR/JwSvuJtCxo/PqDryjTg",
+	"a4y+xJ8VVFHkR0JCwqlvj3f9DweEYcjnbqCi5RSsjB1+seC8sfBRwMZykZXqsWCKO4+z7Y0RcKnXJqcS",
+	"0QAC12ynB0LBZey27VzCrcQKpchysYHG2N3POx++v9OnlUVrjHoLXOwOif0/VDrHVsZ4EIzXwGfCsO00",
+	"yWjG3W+khjJAMe7Y5kY6Y/NmEM75C6yTM2FlYFZG8P0SI7ACPavzNN+Ml0yPibejKr/ku/mzZlRFimI8",
+	"fGTNwePKINypyNL3paKZU7L45KzriSCB3IQb1M4B4A+HqsaFaT2Iw6MuPXOdvZE3qAMMbSd1kQSZE66s",
+	"jFHAdQBnwbxyHnwXiKKnI8RTgsDeClg0TlEyuR4h51a6GgS60azigBbnD8BXoG/EMSWDz1B1SGveIUuH",
+	"hjuwoM8u8EW1cZ4FGTlWcWt3kdkHd+DOuxKlKN4/9CvcHNIyYk5OSgM7Edcg34IvjilgXkQkS3gQ7xAr",
+	"wD0Jv6K9+xaScrc/LyWlF+dUTuWgoQkbEiWLHM1ZyltwprNVzmf8jqjS3RG25r2wkO769c/5tSCN/Op+",
+	"JE49weufi+Hg3Gsib18i0sy+6AbGkMJWO0J3mczzWioVI3smKlDQnF+b/dCC65r51U7r2cVeVf38DtSR",
+	"mdV9dN5vHS8dKR/el9C7d3858OeIDC61a6GayT4HD7y2pmEr42vmpMhFeR2xNFfqj3WxfH/ctlK/f/uh",
+	"PEh7lMIsVjPpmTAQkmjbEb7WnVIIz/sS0MG7LFTGinta99uweZ/z8YwyPOsI96Jby4KGiR89bp08pPm5",
+	"KBNz+XCaBV7V4MayTNYtV0Z7LvVcehDAzIkLCQ6i+hn3jgZ82WTTgl+livCvNkq4mLj1VGFe5/NZggav",
+	"M+98A35r7DWR5FpeTYtP+YqAFHe8r7WmAudm8J4xfp2h5DX6pPA06Sb1L/ziGOSbKSHcAQf3Ne8I1hrE",
+	"Gh5fDmrTs3V4VSq7I9r7djCVXILOiYONHMpklZKgfZKpjwlTFo0pyV1eRB6aVnE/KCEZe1oWwssbLvI6",
+	"tOqkEgHWHOq+Bf5ANDAArwPTIwcEWlAIkt6BmlZZ7jr29VxWHerwzZ05NWjxdihP5fAnUgdiOWbXSI3p",
+	"fMmMaUrWSuHKoMAf4bP0ZTSOj5Xlri4ZRZiPoS5QMnR2H5XBY1zdeWG2GlNOY9ua677yuK3R9KVnSt6A",
+	"m6Ma7mJpyFiznJzx8I8GfYGQb6cFWLbloW431NfmaqW1RLhGCab00Li74stYdRiS/IJby3cEq/jni7zS",
+	"vSM6PPpQoMJldKseeHPimApQjytltvfXxAY8F9zzGGkk3sXVn9Mafr4wkfgM1I4ZozNWbqQ+3utBuaNV",
+	"U7GRbJtARa9Wcj1fp265Be2PdrMCp4a78KJQEc0chqjpmHaS46NdX6+iNoXrx/RkxPVjYWCGyw6q2MGa",
+	"0o3mwLi7drErQK2lmVzpSGOOnD6PLx/r80Y76QjAxDrdNoZG2RcVrqXenM6kWT8gMysLNI4ZnvWBJru8",
+	"D7eTbmc8cnJAGSPaGIAGoxhTwFHw+6nfYIWDJNNolU8eB0cxOtU0KEyCTLmflKaN00HrB2MdzGr0bUeQ",
+	"wlUvlxw8HYBtVAt0UUquyZhBd83j5jKRFQm1o7iv4ifZVKZ3DtNqWA9njKOoJjO5zSPjDYRmD6lu7tVD",
+	"p+86G7p/oW6OW+/VCQptHDcJaHNBYAhcZpvNKqL4l0fdB1X6A4RcDmAS/VaoidEyhoBlEAMq0qeOW669",
+	"nIkL9yjZxuobpiNJte4bC7d3TFZE+mfiz9QFZxzW4/iy1PjvdmyJQyOl6CU99VBHcpNpAXjU8KxLQVdw",
+	"5aE95OIfGpjz0MZ0GTeWvVIxCm5pLXBqpZBvNl5E1Bpju7HXMy2wr2ioCSnmcue+/X2IlVqwM81+vGpY",
+	"HrEfMYQUatmzZGBIpjSaKIwx169dfnxBGb1BhuCeKcwx3UolfktTD/pAwcZnDP3gwMDh2thlnVMB37l8",
+	"t5HmVzghcSa181z7XDO4aaTPl5BDAM5XRkibf+VSHe29+DDKkVT0Ca86qSuIIuHW39PNhjuvuqoC5473",
+	"fL7hlr7+dlfVjVp6+z2oe4CtWKrdR3UZBJ1MIcWt989U0DvNKGzTz4m5cbTl67ti2b7PjC+9SSowpHWR",
+	"2z2504ZXCuP2RT9VwEPD6EG+9LsrZH+QzrlopH6HoP6YyzD2xI3QnwbpauCCLDKO0v3/EzrqSThrjO6t",
+	"/A12YZZNZju+V7XZDu03V6aVGqDQDjdgg3QIjuAGaScF0JLVZou/73qtiLhrF34MJQF23k9a0GyA78sk",
+	"KyN21AXUNGfBW3m6443ClypZgXak+/GZ5y2vanjy0+lZURadVcgJ71u3XCy22+0pp+VTYzeL+K1b/H75",
+	"8uLN1QV9Q318j7ldQb3TyF12/udl0hVdFmenT8PuSFGxLJ6dnp0+IzTraxLdov96cfN0MTG5DZD9DG70",
+	"UlDfw/mrtHmazHW+P4yVCnmHuJUUmkaBkjFKGg4bhT8E/iODm0euCNmeg9CJIZAMn1tFXmfNlYP8rUNn",
+	"bLj0XtWTgwxvD4c6vyMBoVehBsJk1vOns7MHzXk+hKS+YbBP0+Eg6C9UzqCf17xTs43SgfRFP6NKfqBr",
+	"Gm53h82wibWVTMMWnA9VFXJlfOOSZLb4gIfl1XDxZQCGt8HmFYQkb6qVv0ml+mbNgU7mXjRuWYzQMyOl",
+	"55k+gAnzOJQuhNES9PuNsY/Cywstkmx1b/j4kHVlb6a5cSbUg3BEcF7DsY7vHAFOGmwjNyc129ayqhF/",
+	"CvciZgjX0HpKfRzcgGaC78iuptyP/bnvIoCzRxuHPmwmfkeLGNqSJy7KIelJpIMi1xrj1tCe+ErbWMTB",
+	"58Rt76FW5cykwRcAZNAKBY4ApUZFqU1nGd+YQzEPMCtc9W8U8728YTo+/gN94bu+TK8QiMwMqJfMKPEY",
+	"TnEBm74rm5f7ZLQcMzQdJ4MJ7aCbDmPifVW5Hzpfx44DYZswP/tibEE8Lc/OzmhyGx3EKfsK9WLnGBgy",
+	"Ez7Uz0nhL1vBRpKXhe2sVoYR+29Ryjy02O5N45eMbzgiDWNKxtcebPxTijDzHKGldCwkpXNQh76cgI6D",
+	"BKqRWjZdUyzPMjPSP8SCpn+28ANt6O9jfwLBTCjfbhH5UhvxkUzJW17BLPB9h6v/ASHufkhwqF/9YM+H",
+	"WbOgctB0nuTEhZyKgiBFOxc8yUGZqKQMyoqY9t4ty/jdHSnLsOuHsL+v8f9A7l8Q4p7pIExY2RN3hJeL",
+	"L2N19nZxA1auqa/cxkmiKYP/ovXh0Q82jrEQfD8EfknQdFvTX3p9O+feAhdJ2ZZUFD/H8IZREV16gGxa",
+	"rmHPxxxh5lBAzGplrC9+T8AbbvjOFh9idJmC2gB1674i5pKiZVoV61kYyPxwm9aWSG/SqtL7D6gb4bKg",
+	"VaFssiCdiWd9SXN6fHr5Ze/vRIvbD7f/CgAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
