@@ -21,9 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay/test/program"
+	"github.com/cayhq/cay/test/sdk"
 )
 
-func TestMain(m *testing.M) { program.Main(m) }
+func TestMain(m *testing.M) { program.Main(m, sdk.Install) }
 
 // destination is where a guest tries to go.
 type destination struct {

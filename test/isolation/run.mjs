@@ -1,0 +1,68 @@
+// Runs the scenarios of egress_test.go with the JavaScript client that is
+// installed in the directory given, and prints a line of JSON for each.
+import assert from 'node:assert/strict'
+import { createRequire } from 'node:module'
+import path from 'node:path'
+
+const require = createRequire(path.join(path.resolve(process.argv[2]), 'package.json'))
+const { Sandbox, ALL_TRAFFIC, SandboxError } = require('e2b')
+const { PUBLIC, OTHER, PORT } = process.env
+const opts = { timeoutMs: 600_000 }
+let sbx
+
+const probe = (host) => `python3 -c '
+import socket
+try:
+    print(socket.create_connection(("${host}", ${PORT}), 5).recv(100).decode())
+except OSError as e:
+    print("refused")'`
+const reaches = async (open, shut) => {
+  for (const host of open) assert.equal((await sbx.commands.run(probe(host))).stdout, 'this is the world\n', host)
+  for (const host of shut) assert.equal((await sbx.commands.run(probe(host))).stdout, 'refused\n', host)
+}
+
+const scenarios = {
+  'create with a policy': async () => {
+    sbx = await Sandbox.create({ ...opts, network: { denyOut: [ALL_TRAFFIC], allowOut: [PUBLIC] } })
+    await reaches([PUBLIC], [OTHER])
+    const info = await sbx.getInfo()
+    assert.deepEqual([info.network.allowOut, info.network.denyOut], [[PUBLIC], [ALL_TRAFFIC]])
+  },
+  'update': async () => {
+    await sbx.updateNetwork({ denyOut: [`${PUBLIC}/32`] })
+    await reaches([OTHER], [PUBLIC])
+    const { network } = await sbx.getInfo()
+    assert.deepEqual([network.allowOut, network.denyOut], [undefined, [`${PUBLIC}/32`]])
+    await Sandbox.updateNetwork(sbx.sandboxId, {})
+    await reaches([OTHER, PUBLIC], [])
+  },
+  'no internet': async () => {
+    await sbx.updateNetwork({ allowInternetAccess: false })
+    await reaches([], [OTHER, PUBLIC])
+    await sbx.kill()
+    sbx = await Sandbox.create({ ...opts, allowInternetAccess: false, network: { allowOut: [OTHER] } })
+    await reaches([OTHER], [PUBLIC])
+  },
+  'what is refused': async () => {
+    for (const network of [{ denyOut: ['example.com'] }, { allowOut: ['example.com'] }, { denyOut: ['10.0.0.0/33'] }]) {
+      await assert.rejects(Sandbox.create({ ...opts, network }), SandboxError)
+      await assert.rejects(sbx.updateNetwork(network), SandboxError)
+    }
+    await sbx.kill()
+    await assert.rejects(sbx.updateNetwork({}), { name: /NotFound/ })
+  },
+}
+
+for (const [name, run] of Object.entries(scenarios)) {
+  const began = Date.now()
+  const result = { name, ok: true }
+  try {
+    await run()
+  } catch (err) {
+    result.ok = false
+    result.error = err.stack ?? String(err)
+  }
+  console.log(JSON.stringify({ ...result, ms: Date.now() - began }))
+}
+if (sbx) await sbx.kill().catch(() => {})
+process.exit(0) // idle connections would keep the process
