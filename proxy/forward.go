@@ -221,7 +221,9 @@ func answerTo(w http.ResponseWriter, r *http.Request, a *reply) error {
 		to["Trailer"] = []string{strings.Join(names, ", ")}
 	}
 	w.WriteHeader(a.StatusCode)
-	if a.Body != http.NoBody && r.Method != http.MethodHead {
+	// An answer that ends with its header is to end so for the client, too:
+	// gRPC has its status there.
+	if a.ContentLength != 0 && a.Body != http.NoBody && r.Method != http.MethodHead {
 		if err := copyAnswer(w, a); err != nil {
 			return err
 		}

@@ -107,6 +107,22 @@ func TestHTTPSPorts(t *testing.T) {
 			t.Errorf("%d %s %v", res.StatusCode, body, err)
 		}
 	})
+	t.Run("gRPC with a header alone", func(t *testing.T) {
+		only := w.sandbox(nil)
+		w.guest(only, 50051, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) { rw.Header().Set("Grpc-Status", "5") }))
+		req := w.request("POST", "/svc/Method", only, 50051, nil)
+		req.Header.Set("Content-Type", "application/grpc")
+		res, err := h2(t).RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		// The transport knows a length without a body only where the stream
+		// ended with its header.
+		if n, err := res.Body.Read(make([]byte, 1)); n != 0 || err != io.EOF || res.ContentLength != 0 || res.Header.Get("Grpc-Status") != "5" {
+			t.Errorf("%d, %v, %v", n, err, res)
+		}
+	})
 	t.Run("WebSocket", func(t *testing.T) {
 		wss := w.sandbox(func(r *catalog.Route) { r.Ingress.HTTPSPorts = []uint16{443} })
 		w.tlsGuest(wss, 443, echo)

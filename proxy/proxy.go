@@ -304,6 +304,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 // ordinary reports whether a request can be written to a sandbox as it came.
 // HTTP/2 lets pass what would be read otherwise on a line of HTTP/1.
 func ordinary(r *http.Request) bool {
+	if r.ProtoMajor > 1 && !strings.HasPrefix(r.RequestURI, "/") && r.RequestURI != "*" {
+		return false
+	}
 	return r.Method != http.MethodConnect && token(r.Method) && r.URL.Opaque == "" &&
 		strings.IndexFunc(r.URL.RawQuery, func(c rune) bool { return c <= ' ' || c == 0x7f }) < 0
 }

@@ -72,8 +72,15 @@ func (s *server) openEdge(ctx context.Context) error {
 func port(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
 
 // publicDomain is the domain that clients are told: with the port of HTTPS,
-// unless it is the one that is meant without.
+// unless it is the one that is meant without. Where there is none, names below
+// localhost lead to a proxy on the loopback, over plain HTTP.
 func (s *server) publicDomain() string {
+	if s.cfg.Domain == "" {
+		if at := s.proxyListener.Addr().(*net.TCPAddr); at.IP.IsLoopback() {
+			return "localhost:" + strconv.Itoa(at.Port)
+		}
+		return ""
+	}
 	if s.tlsListener == nil || port(s.tlsListener) == 443 {
 		return s.cfg.Domain
 	}
