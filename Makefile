@@ -41,6 +41,7 @@ guest:
 engine:
 	@mkdir -p bin
 	@[ -e bin/engine ] || echo "building: the first time compiles gVisor, which takes some minutes"
+	@$(GO_BUILD) -ldflags '-s -w' -o cmd/engine/gofer/gofer ./cmd/gofer
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/engine ./cmd/engine
 	@sum=$$(sha256sum <bin/engine); \
 	if [ ! -e cmd/cay/guest/engine.gz ] || [ "$$sum" != "$$(cat bin/engine.sum 2>/dev/null)" ]; then \
@@ -55,7 +56,9 @@ build-arm64: deps ## build bin/linux-arm64/cay and envd
 	@mkdir -p bin/linux-arm64
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/init ./cmd/init
-	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/engine ./cmd/engine
+	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/gofer ./cmd/gofer
+	@printf '{"Replace":{"cmd/engine/gofer/gofer":"bin/linux-arm64/gofer"}}' >bin/linux-arm64/overlay.json
+	@$(GO_BUILD) -overlay bin/linux-arm64/overlay.json -ldflags '-s -w' -o bin/linux-arm64/engine ./cmd/engine
 	@gzip -6 -n -f bin/linux-arm64/engine
 	@printf '{"Replace":{"cmd/cay/guest/envd":"bin/linux-arm64/envd","cmd/cay/guest/init":"bin/linux-arm64/init","cmd/cay/guest/engine.gz":"bin/linux-arm64/engine.gz"}}' >bin/linux-arm64/overlay.json
 	@$(GO_BUILD) -overlay bin/linux-arm64/overlay.json -ldflags '$(LDFLAGS)' -o bin/linux-arm64/cay ./cmd/cay
@@ -75,7 +78,7 @@ check-generated: deps-test ## fail if internal/gen is not what the sources make
 
 .PHONY: clean
 clean: ## remove what was built; caches of Go and npm stay
-	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init cmd/cay/guest/engine.gz cmd/cay/guest/engine.gz
+	@rm -rf bin cmd/cay/guest/envd cmd/cay/guest/init cmd/cay/guest/engine.gz cmd/engine/gofer/gofer
 
 ##@ Use
 

@@ -2,15 +2,19 @@
 // build` puts it into cay, and the server runs it from a file of its data
 // directory.
 //
-// Every sandbox is two processes of this program, and a start of one executes
-// it four times. As a part of cay, each of them would initialise the server's
+// Every sandbox is a process of this program, beside one of cmd/gofer that this
+// one holds, and a start of one executes it four times. As a part of cay, each of them would initialise the server's
 // libraries too, and keep them in memory.
 package main
 
 import (
 	"context"
+	"embed"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
+	"log/slog"
 	"os"
 
 	"github.com/cayhq/cay/runtime/gvisor"
@@ -27,16 +31,27 @@ func main() {
 // supervise is the one command: supervise --dir DIR.
 func supervise(args []string) error {
 	// Not flag.CommandLine: that is gVisor's.
-	fs := flag.NewFlagSet("engine", flag.ContinueOnError)
-	dir := fs.String("dir", "", "the runtime's directory")
+	flags := flag.NewFlagSet("engine", flag.ContinueOnError)
+	dir := flags.String("dir", "", "the runtime's directory")
 	if len(args) == 0 || args[0] != "supervise" {
 		return fmt.Errorf("the server starts this program as `engine supervise --dir DIR`")
 	}
-	if err := fs.Parse(args[1:]); err != nil {
+	if err := flags.Parse(args[1:]); err != nil {
 		return err
 	}
-	if *dir == "" || fs.NArg() > 0 {
+	if *dir == "" || flags.NArg() > 0 {
 		return fmt.Errorf("want supervise --dir DIR")
 	}
-	return gvisor.Supervise(context.Background(), *dir)
+	gofer, err := goferFS.ReadFile("gofer/gofer")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("reading the file server's program: %w", err)
+	}
+	s := gvisor.Supervisor{Dir: *dir, Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), Gofer: gofer}
+	return s.Run(context.Background())
 }
+
+// goferFS holds the program of file servers. `make build` puts it there first; a
+// plain `go build` leaves it out.
+//
+//go:embed gofer
+var goferFS embed.FS

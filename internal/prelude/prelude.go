@@ -13,6 +13,8 @@
 //     program anew, which keeps the set.
 //   - The helper that takes /proc from the sandbox waits for a byte and makes
 //     one system call.
+//   - The file server is a program of its own, which this one only has to
+//     execute, with a bounding set of what it needs.
 package prelude
 
 import (
@@ -41,6 +43,10 @@ func init() {
 	switch {
 	case IsSandbox(args) && slices.Contains(args, "--setup-root"):
 		trim(args)
+	case IsOwnGofer(args):
+		if path, args := goferProgram(args); path != "" {
+			ownGofer(path, args)
+		}
 	case slices.Equal(args, []string{SelfExe, "umount", "--sync-fd=3", "/proc"}):
 		os.Exit(umount(3, "/proc"))
 	}
@@ -50,6 +56,70 @@ func init() {
 func IsSandbox(args []string) bool {
 	return len(args) > 0 && args[0] == "runsc-sandbox" &&
 		slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, Mark) })
+}
+
+// GoferOption is the option after [Mark] that names the program that is to be
+// the file server of a sandbox. Its path has no comma.
+const GoferOption = "gofer="
+
+// goferProgram returns the path of the file server's program, and the command
+// line without it.
+func goferProgram(args []string) (path string, rest []string) {
+	rest = slices.Clone(args)
+	for i, a := range rest {
+		options, ok := strings.CutPrefix(a, Mark+",")
+		if !ok {
+			continue
+		}
+		kept := Mark
+		for o := range strings.SplitSeq(options, ",") {
+			if p, ok := strings.CutPrefix(o, GoferOption); ok {
+				path = p
+			} else {
+				kept += "," + o
+			}
+		}
+		rest[i] = kept
+	}
+	return path, rest
+}
+
+// IsOwnGofer reports whether a command line is that of a marked sandbox's file
+// server, in the one configuration that runtime/gvisor/gofer knows: a root
+// directory without other mounts, and no log.
+func IsOwnGofer(args []string) bool {
+	return len(args) > 0 && args[0] == "runsc-gofer" &&
+		slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, Mark) }) &&
+		slices.Contains(args, "--gofer-mount-confs=lisafs:none") &&
+		!slices.ContainsFunc(args, func(a string) bool {
+			return strings.HasPrefix(a, "--debug-log-fd=") || strings.HasPrefix(a, "--dev-io-fd=")
+		})
+}
+
+// Capabilities of the file server: over files (chown, dac_override,
+// dac_read_search, fowner, fsetid), and until it is confined for its root
+// directory and for giving them up (setpcap, sys_chroot, sys_admin).
+var (
+	GoferFiles = []uintptr{0, 1, 2, 3, 4}
+	GoferSetup = []uintptr{8, 18, 21}
+)
+
+// ownGofer executes the file server's program. When that fails it returns, and
+// gVisor's own serves.
+func ownGofer(path string, args []string) {
+	for c := uintptr(0); ; c++ {
+		has, err := prctl(prCapbsetRead, c, 0)
+		if err != 0 {
+			break // the kernel knows no more
+		}
+		if has == 0 || slices.Contains(GoferFiles, c) || slices.Contains(GoferSetup, c) {
+			continue
+		}
+		if _, err := prctl(prCapbsetDrop, c, 0); err != 0 {
+			return
+		}
+	}
+	_ = syscall.Exec(path, args, nil)
 }
 
 // The operations of prctl(2) on capabilities.

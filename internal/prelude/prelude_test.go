@@ -2,6 +2,8 @@ package prelude
 
 import (
 	"os"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -17,6 +19,38 @@ func TestIsSandbox(t *testing.T) {
 	} {
 		if got := IsSandbox(c.args); got != c.want {
 			t.Errorf("%s: IsSandbox(%q) = %t", name, c.args, got)
+		}
+	}
+}
+
+// TestGoferProgram: the program is executed once, since its own command line
+// does not name it any more.
+func TestGoferProgram(t *testing.T) {
+	args := []string{"runsc-gofer", "--root=/r", Mark + ",cpu-num=2," + GoferOption + "/a b/gofer-1,total-memory=3", "gofer", "--gofer-mount-confs=lisafs:none", "x"}
+	if !IsOwnGofer(args) {
+		t.Fatal("not recognised")
+	}
+	path, rest := goferProgram(args)
+	want := slices.Clone(args)
+	want[2] = Mark + ",cpu-num=2,total-memory=3"
+	if path != "/a b/gofer-1" || !slices.Equal(rest, want) {
+		t.Errorf("%q, %q; want %q", path, rest, want)
+	}
+	if path, again := goferProgram(rest); path != "" || !slices.Equal(again, rest) {
+		t.Errorf("once more: %q, %q", path, again)
+	}
+	for name, edit := range map[string][2]string{
+		"other mounts":    {"lisafs:none", "lisafs:none,lisafs:none"},
+		"with a log":      {"--root=/r", "--debug-log-fd=3"},
+		"of a bare runsc": {Mark, "--debug-command=x"},
+		"a sandbox":       {"runsc-gofer", "runsc-sandbox"},
+	} {
+		other := slices.Clone(args)
+		for i, a := range other {
+			other[i] = strings.Replace(a, edit[0], edit[1], 1)
+		}
+		if IsOwnGofer(other) {
+			t.Errorf("%s: taken for the one configuration", name)
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"gvisor.dev/gvisor/runsc/flag"
 	_ "gvisor.dev/gvisor/runsc/version" // for the linkname below
 
+	"github.com/cayhq/cay/runtime/gvisor/gofer"
+
 	_ "unsafe" // for go:linkname
 )
 
@@ -17,7 +19,7 @@ import (
 // constant rather than a stamp of the build, so that every build has it; a test
 // holds it and go.mod together. A memory snapshot restores only into the very
 // version that wrote it, so manifests keep it.
-const EngineVersion = "v0.0.0-20260905035102-160fafc42237"
+const EngineVersion = gofer.EngineVersion
 
 // revision tells engines apart that do not fit each other though gVisor is the
 // same, as after a change of what a guest is given. The linker may set it.

@@ -17,6 +17,8 @@ import (
 	goferfilter "gvisor.dev/gvisor/runsc/fsgofer/filter"
 	goferconfig "gvisor.dev/gvisor/runsc/fsgofer/filter/config"
 	"gvisor.dev/gvisor/runsc/version"
+
+	"github.com/cayhq/cay/runtime/gvisor/gofer"
 )
 
 func TestEngineVersionIsGoMods(t *testing.T) {
@@ -49,7 +51,7 @@ func TestSeccompIsCurrent(t *testing.T) {
 	if len(seccompData) == 0 {
 		t.Skipf("no filters are committed for %s", runtime.GOARCH)
 	}
-	ours, err := decodeFilters(seccompData, false)
+	ours, err := gofer.DecodeFilters(seccompData)
 	if err != nil {
 		t.Fatalf("%v: run this test with -update", err)
 	}
@@ -69,14 +71,14 @@ func TestSeccompIsCurrent(t *testing.T) {
 		t.Errorf("the committed filter has %d instructions and differs from the engine's %d: run this test with -update", len(got), len(want))
 	}
 
-	if ours, err = decodeFilters(seccompData, true); err != nil {
+	if ours, err = gofer.Filters(); err != nil {
 		t.Fatal(err)
 	}
-	gofer := goferconfig.Options{}
-	if got, err = ours[gofer.ConfigKey()].RenderInstructions(gofer.Vars()); err != nil {
+	file := goferconfig.Options{}
+	if got, err = ours[file.ConfigKey()].RenderInstructions(file.Vars()); err != nil {
 		t.Fatal(err)
 	}
-	rules, deny = goferconfig.Rules(gofer)
+	rules, deny = goferconfig.Rules(file)
 	p = &seccomp.Program{RuleSets: []seccomp.RuleSet{{Rules: deny}, {Rules: rules, Action: seccomp.Allow}}}
 	if want, _, err = p.Build(); err != nil {
 		t.Fatal(err)
@@ -101,16 +103,18 @@ func writeSeccomp(t *testing.T, key string) {
 	all, err := filterconfig.PrecompiledPrograms()
 	p := pick(all, err, key)
 	repairPID(t, &p)
+	write := func(path string, p precompiledseccomp.Program) {
+		data, err := json.MarshalIndent(gofer.CompiledFilters{Engine: EngineVersion, Programs: []gofer.CompiledProgram{gofer.EncodeProgram(p)}}, "", " ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, append(data, '\n'), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("seccomp_"+runtime.GOARCH+".json", p)
 	all, err = goferconfig.PrecompiledPrograms()
-	gofer := pick(all, err, goferconfig.Options{}.ConfigKey())
-	data, err := json.MarshalIndent(compiledFilters{Engine: EngineVersion, Programs: []compiledProgram{encodeProgram(p)},
-		Gofer: []compiledProgram{encodeProgram(gofer)}}, "", " ")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile("seccomp_"+runtime.GOARCH+".json", append(data, '\n'), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	write("gofer/seccomp_"+runtime.GOARCH+".json", pick(all, err, goferconfig.Options{}.ConfigKey()))
 }
 
 // repairPID makes a variable of the PID that systrap's rule for
@@ -167,11 +171,11 @@ func TestSeccompIsRegistered(t *testing.T) {
 }
 
 func TestStaleSeccompIsRefused(t *testing.T) {
-	good, err := json.Marshal(compiledFilters{Engine: EngineVersion, Programs: []compiledProgram{{Name: "x", Vars: map[string][]int{"v": {1}}, Code: "AAAAAAAAAAA="}}})
+	good, err := json.Marshal(gofer.CompiledFilters{Engine: EngineVersion, Programs: []gofer.CompiledProgram{{Name: "x", Vars: map[string][]int{"v": {1}}, Code: "AAAAAAAAAAA="}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := decodeFilters(good, false); err != nil {
+	if _, err := gofer.DecodeFilters(good); err != nil {
 		t.Fatalf("good filters: %v", err)
 	}
 	for name, edit := range map[string][2]string{
@@ -182,11 +186,11 @@ func TestStaleSeccompIsRefused(t *testing.T) {
 		"half an instruction": {"AAAAAAAAAAA=", "AAAAAA=="},
 		"no code":             {"AAAAAAAAAAA=", ""},
 	} {
-		if _, err := decodeFilters([]byte(strings.Replace(string(good), edit[0], edit[1], 1)), false); err == nil {
+		if _, err := gofer.DecodeFilters([]byte(strings.Replace(string(good), edit[0], edit[1], 1))); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
-	if _, err := decodeFilters(nil, false); err == nil {
+	if _, err := gofer.DecodeFilters(nil); err == nil {
 		t.Error("nothing: accepted")
 	}
 }

@@ -138,8 +138,17 @@ func TestConfinement(t *testing.T) {
 			gofers++
 			// It opens the guest's files whoever owns them, so it stays root,
 			// in a chroot, with rights over files only: chown, dac_override,
-			// dac_read_search, fowner, fsetid, sys_chroot.
-			const files = "000000000004001f"
+			// dac_read_search, fowner, fsetid.
+			const files = "000000000000001f"
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p)); err != nil || !strings.HasPrefix(filepath.Base(exe), goferPrefix) {
+				t.Errorf("the file server is %s, %v", exe, err)
+			}
+			if left, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", p)); err != nil || !slices.ContainsFunc(left, func(e os.DirEntry) bool { return e.Name() == "init" }) {
+				t.Errorf("the file server's root has %v, %v", left, err)
+			}
+			if mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", p)); err != nil || strings.Count(string(mounts), "\n") > 1 {
+				t.Errorf("the file server still sees mounts: %s, %v", mounts, err)
+			}
 			want = map[string]string{"NoNewPrivs": "1", "Seccomp": "2", "CapEff": files, "CapPrm": files, "CapBnd": files}
 		}
 		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p)) // credentials are a thread's

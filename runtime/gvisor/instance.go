@@ -17,6 +17,7 @@ import (
 	"gvisor.dev/gvisor/runsc/container"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/prelude"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -139,6 +140,9 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec, program string
 		var told []string
 		if req.InCgroup {
 			told = bootLimits(spec.Limits)
+		}
+		if i.sup.gofer != "" {
+			told = append(told, prelude.GoferOption+i.sup.gofer)
 		}
 		req.Flags = append(engineFlags(l, i.sup.DebugDir), shortFlag(told...))
 	} else {

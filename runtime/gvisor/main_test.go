@@ -29,6 +29,13 @@ func TestMain(m *testing.M) {
 	Dispatch()
 	if len(os.Args) > 2 && os.Args[1] == "supervise" {
 		s := &Supervisor{Dir: os.Args[2], Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), DebugDir: os.Getenv("CAY_TEST_DEBUG"), engine: os.Getenv("CAY_TEST_ENGINE")}
+		if path := os.Getenv("CAY_TEST_GOFER"); path != "" {
+			program, err := os.ReadFile(path)
+			if err != nil {
+				panic(err)
+			}
+			s.Gofer = program
+		}
 		if d, err := time.ParseDuration(os.Getenv("CAY_TEST_IDLE")); err == nil {
 			s.IdleExit = d
 		}
@@ -46,11 +53,15 @@ func TestMain(m *testing.M) {
 		}
 		defer os.RemoveAll(tmp)
 		guestProgram = filepath.Join(tmp, "init")
-		cmd := exec.Command("go", "build", "-o", guestProgram, "./testdata/guest")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			panic(fmt.Sprintf("building the guest: %v\n%s", err, out))
+		gofer := filepath.Join(tmp, "gofer")
+		for path, source := range map[string]string{guestProgram: "./testdata/guest", gofer: "../../cmd/gofer"} {
+			cmd := exec.Command("go", "build", "-o", path, source)
+			cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				panic(fmt.Sprintf("building %s: %v\n%s", source, err, out))
+			}
 		}
+		os.Setenv("CAY_TEST_GOFER", gofer)
 		return m.Run()
 	}())
 }

@@ -47,7 +47,7 @@ func shortBoot(args []string) []string {
 	for _, a := range args[:at] {
 		if opts, ok := strings.CutPrefix(a, prelude.Mark); ok {
 			for o := range strings.SplitSeq(strings.TrimPrefix(opts, ","), ",") {
-				if o != "" {
+				if o != "" && !strings.HasPrefix(o, prelude.GoferOption) {
 					extra = append(extra, "--"+o)
 				}
 			}

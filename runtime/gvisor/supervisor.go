@@ -41,7 +41,10 @@ type Supervisor struct {
 	IdleExit time.Duration
 	// DebugDir, if set, is where gVisor writes its debug logs: slow.
 	DebugDir string
-	Now      func() time.Time // nil: time.Now
+	// Gofer is the program of cmd/gofer. Without it, each guest's file server is
+	// all of gVisor, which starts slower and takes more memory.
+	Gofer []byte
+	Now   func() time.Time // nil: time.Now
 
 	// engine is the version it calls its own; empty is that of the build. For tests.
 	engine  string
@@ -50,6 +53,7 @@ type Supervisor struct {
 	reaper  *reaper
 	started time.Time
 	epoch   string
+	gofer   string // the path of Gofer, or ""
 	quit    context.CancelFunc
 
 	wantSpare chan struct{} // of one element: keepSpares should look
@@ -110,6 +114,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	defer lock.Close()
 
+	if s.gofer, err = installGofer(s.home, s.Gofer); err != nil {
+		s.log.Warn("file servers are all of gVisor, for their own program cannot be written", "err", err)
+	}
 	// Everything a launcher starts becomes our child when the launcher ends.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("becoming the sub-reaper: %w", err)
