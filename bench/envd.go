@@ -14,9 +14,6 @@ import (
 	"time"
 )
 
-// partEnvd names this part on the command line.
-const partEnvd = "envd"
-
 // Names of the series of the daemon in a sandbox, beside programs of the same
 // guest that only move bytes.
 const (

@@ -34,6 +34,16 @@ var (
 	quick = options{rounds: 10, idle: 50, restarts: 2, rest: 2 * time.Second, watch: 5 * time.Second, sustain: 5 * time.Second, transfer: 128 << 20}
 )
 
+// Parts that can be measured alone: the daemon in a sandbox, starts without a
+// pool beside their yardsticks, and idle sandboxes.
+const (
+	partEnvd  = "envd"
+	partStart = "start"
+	partIdle  = "idle"
+)
+
+var alone = []string{partEnvd, partStart, partIdle}
+
 // run is one run of the benchmark.
 type run struct {
 	options
@@ -83,11 +93,8 @@ func (r *run) measure(ctx context.Context) (err error) {
 	if err := r.cold.up(ctx, image); err != nil {
 		return err
 	}
-	if r.only == partEnvd {
-		if err := r.cold.connect(r.repo, module); err != nil {
-			return err
-		}
-		return r.measureEnvd(ctx)
+	if r.only != "" {
+		return r.measurePart(ctx, module)
 	}
 	r.note("restarting the server %d times", r.restarts)
 	for range r.restarts {
@@ -146,6 +153,24 @@ func (r *run) measure(ctx context.Context) (err error) {
 	return nil
 }
 
+// measurePart measures what was asked for alone, with the server without a pool.
+func (r *run) measurePart(ctx context.Context, module string) (err error) {
+	if err := r.cold.connect(r.repo, module); err != nil {
+		return err
+	}
+	switch r.only {
+	case partEnvd:
+		return r.measureEnvd(ctx)
+	case partIdle:
+		return r.idleCost(ctx)
+	}
+	defer func() { err = errors.Join(err, r.yard.close(context.WithoutCancel(ctx))) }()
+	if err := r.yard.open(ctx, r.cold.dir); err != nil {
+		return fmt.Errorf("preparing the yardstick: %w", err)
+	}
+	return r.interleave(ctx)
+}
+
 func (r *run) subject(name string, pool int) *subject {
 	dir := filepath.Join(r.work, name)
 	return &subject{server: &server{bin: r.cay, dir: dir, pool: pool}, groups: groupsOf(dir)}
@@ -199,9 +224,12 @@ func (r *run) interleave(ctx context.Context) error {
 			func() error { return measureNative(ctx, r.envd, b) },
 			func() error { return r.yard.measure(ctx, b) },
 			func() error { return r.cold.byHTTP(ctx, b) },
-			func() error { return r.pool.byHTTP(ctx, b) },
-			func() error { return r.cold.bySDK(b) },
-			func() error { return r.pool.bySDK(b) },
+		}
+		if r.only == "" {
+			all = append(all,
+				func() error { return r.pool.byHTTP(ctx, b) },
+				func() error { return r.cold.bySDK(b) },
+				func() error { return r.pool.bySDK(b) })
 		}
 		order.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 		for _, f := range all {
@@ -221,6 +249,9 @@ func (r *run) interleave(ctx context.Context) error {
 func (r *run) settle(ctx context.Context) error {
 	const pause, limit = 40 * time.Millisecond, 15 * time.Second
 	for _, t := range []*subject{r.cold, r.pool} {
+		if t == nil {
+			continue
+		}
 		for end := time.Now().Add(limit); ; {
 			still, err := t.resting(ctx, pause)
 			if err != nil {
