@@ -27,7 +27,7 @@ const (
 
 // SnapshotFormat is the number of the snapshot manifest's format. A reader
 // refuses a number it does not know.
-const SnapshotFormat = 1
+const SnapshotFormat = 2
 
 // Snapshot is the manifest of a sandbox as it was at one instant. It is written
 // last and atomically: a snapshot without a manifest does not exist.
@@ -66,9 +66,12 @@ type SnapshotPart struct {
 	// Digest is of the content. A disk has none: see Stamp.
 	Digest Digest `json:"digest,omitempty"`
 	// Stamp changes with every write to the file, by whomever: its inode, size
-	// and times. It stands in for the digest of a disk, which takes longer to
-	// read than a resume may take.
+	// and times. Of a disk it is compared before each use.
 	Stamp string `json:"stamp,omitempty"`
+	// Check is a checksum of what a disk holds, compared before each use, too.
+	// A disk that holds too much to be read in the time that a resume may take
+	// has none here: the node makes it later, and keeps it beside the manifest.
+	Check string `json:"check,omitempty"`
 }
 
 // SaveRequest says how to save a sandbox.

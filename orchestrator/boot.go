@@ -195,6 +195,14 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 		o.step(g, "disk", cay.LayerStorage, began, err)
 		return err
 	})
+	if b.from != nil {
+		eg.Go(func() error {
+			began := o.now()
+			err := o.readSavedDisk(ctx, b.from.Snapshot, false)
+			o.step(g, "verify disk", cay.LayerStorage, began, err)
+			return err
+		})
+	}
 	if b.from != nil && b.from.memory {
 		eg.Go(func() error {
 			began := o.now()

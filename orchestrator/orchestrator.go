@@ -169,6 +169,7 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.wg.Go(func() { o.fill(o.life) })
 	o.wg.Go(func() { o.measureAll(o.life) })
 	o.wg.Go(func() { o.keepEngines(o.life) })
+	o.wg.Go(func() { o.checkLarge(o.life) })
 	o.lookAtEngines()
 	return nil
 }

@@ -40,7 +40,8 @@ type world struct {
 	cuts      []cay.ExecutionID
 
 	savedDir string
-	cpu      int64 // grows by a second with every look
+	bulk     []byte // more of a guest's memory, and of its disk, if set
+	cpu      int64  // grows by a second with every look
 
 	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
@@ -160,7 +161,11 @@ func (e engine) Checkpoint(_ context.Context, id runtime.InstanceID, dir string)
 		return err
 	}
 	b, err := json.Marshal(in.memory)
-	return errors.Join(err, os.WriteFile(filepath.Join(dir, "pages"), b, 0o600))
+	err = errors.Join(err, os.WriteFile(filepath.Join(dir, "pages"), b, 0o600))
+	if e.bulk != nil {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, "bulk"), e.bulk, 0o600))
+	}
+	return err
 }
 func (e engine) Restore(_ context.Context, id runtime.InstanceID, dir string) error {
 	in, err := e.move("restore", id, runtime.Running, runtime.Created)
@@ -320,6 +325,16 @@ func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
 	}
 	if err := errors.Join(os.MkdirAll(d.savedDir, 0o700), os.WriteFile(d.saved(name), []byte("disk of "+id), 0o600)); err != nil {
 		return disk.Saved{}, err
+	}
+	if d.bulk != nil { // after a hole
+		f, err := os.OpenFile(d.saved(name), os.O_WRONLY, 0)
+		if err != nil {
+			return disk.Saved{}, err
+		}
+		_, err = f.WriteAt(d.bulk, 1<<20)
+		if err := errors.Join(err, f.Truncate(int64(len(d.bulk))+4<<20), f.Close()); err != nil {
+			return disk.Saved{}, err
+		}
 	}
 	return d.FindSaved(name)
 }

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
@@ -181,17 +183,34 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
 		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
 		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
+	began = o.now()
+	var read errgroup.Group
+	read.Go(func() (err error) {
+		if m.Disk, err = stamp(saved.File); err != nil {
+			return storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
+		}
+		if n, err := held(saved.File); err != nil || n > checkAtOnce {
+			return err
+		}
+		if m.Disk.Check, err = checkOf(ctx, saved.File, nil); err != nil {
+			return storageError("read back the disk of snapshot "+string(q.Snapshot), err)
+		}
+		return nil
+	})
 	if q.Memory {
-		began = o.now()
-		if err = at("digest.before-read"); err == nil {
-			m.Memory, err = measure(ctx, memory)
-		}
-		if err := done("digest", cay.LayerStorage, began, err); err != nil {
-			return m, frozen, storageError("read back the memory of snapshot "+string(q.Snapshot), err)
-		}
+		read.Go(func() error {
+			err := at("digest.before-read")
+			if err == nil {
+				m.Memory, err = measure(ctx, memory)
+			}
+			if err != nil {
+				return storageError("read back the memory of snapshot "+string(q.Snapshot), err)
+			}
+			return nil
+		})
 	}
-	if m.Disk, err = stamp(saved.File); err != nil {
-		return m, frozen, storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
+	if err := done("digest", cay.LayerStorage, began, read.Wait()); err != nil {
+		return m, frozen, err
 	}
 	began = o.now()
 	err = o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
@@ -376,6 +395,24 @@ func (o *Orchestrator) checkSavedDisk(m cay.Snapshot) error {
 	return checkDisk(m, saved.File)
 }
 
+// readSavedDisk compares what the saved disk holds with its checksum, as far as
+// there is one. Before a start, which may not wait for so long, a large disk is
+// not read.
+func (o *Orchestrator) readSavedDisk(ctx context.Context, m cay.Snapshot, large bool) error {
+	if m.Disk.Check == "" && !large {
+		return nil
+	}
+	want, err := o.snapshots.checkOfDisk(m)
+	if err != nil || want == "" {
+		return err
+	}
+	saved, err := o.Disks.FindSaved(string(m.ID))
+	if err != nil {
+		return errCorrupt(m.ID, m.Disk.Name, "it is missing", err)
+	}
+	return checkContent(ctx, m, saved.File, want)
+}
+
 // Snapshots implements [cay.Snapshots]. Those that cannot be read are logged and
 // left out.
 func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
@@ -424,8 +461,9 @@ func (o *Orchestrator) forget(ctx context.Context, id cay.SnapshotID, h killpoin
 	return nil
 }
 
-// VerifySnapshot implements [cay.Snapshots]: it reads every byte of the memory,
-// and compares the disk with its stamp.
+// VerifySnapshot implements [cay.Snapshots]: it reads every byte of the memory
+// and of the disk. A large disk that was saved a moment ago has no checksum yet;
+// it is compared with its stamp.
 func (o *Orchestrator) VerifySnapshot(ctx context.Context, id cay.SnapshotID) error {
 	m, _, err := o.snapshots.load(id)
 	if err != nil {
@@ -436,5 +474,8 @@ func (o *Orchestrator) VerifySnapshot(ctx context.Context, id cay.SnapshotID) er
 			return err
 		}
 	}
-	return o.checkSavedDisk(m)
+	if err := o.checkSavedDisk(m); err != nil {
+		return err
+	}
+	return o.readSavedDisk(ctx, m, true)
 }

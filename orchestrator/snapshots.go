@@ -25,6 +25,7 @@ import (
 // their disks are with the disks, under the snapshot's ID.
 //
 //	<dir>/<id>/manifest.json   written last
+//	<dir>/<id>/disk.check      the checksum of a large disk, made later
 //	<dir>/<id>/secrets.json    mode 0600: the control token of the saved envd
 //	<dir>/<id>/memory/…        what the engine wrote; absent for a disk alone
 //	<dir>/<id>.new/            in the making
@@ -121,7 +122,7 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 			return fmt.Errorf("encoding %s of snapshot %s: %w", f.name, m.ID, err)
 		}
 		path := filepath.Join(dir, f.name)
-		if err := do(f.short+".before-write", "write "+f.name, func() error { return os.WriteFile(path, append(b, '\n'), 0o600) }); err != nil {
+		if err := do(f.short+".before-write", "write "+f.name, func() error { return os.WriteFile(path, seal(append(b, '\n')), 0o600) }); err != nil {
 			return err
 		}
 		if err := do(f.short+".before-sync", "write "+f.name, func() error { return syncPath(path) }); err != nil {
@@ -185,6 +186,9 @@ func (s snapshots) load(id cay.SnapshotID) (cay.Snapshot, snapshotSecrets, error
 				return m, sec, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
 					Message: fmt.Sprintf("no snapshot %s on this node", id), Fix: "`cay snapshot list` shows those there are"}
 			}
+		}
+		if err == nil {
+			b, err = unseal(b)
 		}
 		if err == nil {
 			err = json.Unmarshal(b, v)
@@ -355,7 +359,7 @@ func checkDisk(m cay.Snapshot, file string) error {
 	if err != nil {
 		return errCorrupt(m.ID, m.Disk.Name, err.Error(), err)
 	}
-	if got != m.Disk {
+	if got.Name != m.Disk.Name || got.SizeBytes != m.Disk.SizeBytes || got.Stamp != m.Disk.Stamp {
 		return errCorrupt(m.ID, m.Disk.Name, "it was changed since it was saved", nil)
 	}
 	return nil
