@@ -15,7 +15,6 @@ var (
 	absentAccessTokens = absent("access tokens", "use API keys")
 	absentBuilds       = absent("building templates over the API", "use the templates there are: GET /v2/templates")
 	absentNodeStatus   = absent("changing the state of a node", "stop the server on it")
-	absentSecrets      = absent("secrets", "pass them in envVars")
 	absentTeamMetrics  = absent("metrics of a team", "see GET /v2/sandboxes for what runs now")
 	absentTags         = absent("tagging builds", "name templates without a tag")
 	absentVolumes      = absent("volumes", "copy the files with files.write")
@@ -39,31 +38,6 @@ func (absentHandlers) CancelTeamBuilds(context.Context, gen.CancelTeamBuildsRequ
 // SetNodeStatus implements the generated interface.
 func (absentHandlers) SetNodeStatus(context.Context, gen.SetNodeStatusRequestObject) (gen.SetNodeStatusResponseObject, error) {
 	return nil, absentNodeStatus
-}
-
-// ListSecrets implements the generated interface.
-func (absentHandlers) ListSecrets(context.Context, gen.ListSecretsRequestObject) (gen.ListSecretsResponseObject, error) {
-	return nil, absentSecrets
-}
-
-// CreateSecret implements the generated interface.
-func (absentHandlers) CreateSecret(context.Context, gen.CreateSecretRequestObject) (gen.CreateSecretResponseObject, error) {
-	return nil, absentSecrets
-}
-
-// DeleteSecret implements the generated interface.
-func (absentHandlers) DeleteSecret(context.Context, gen.DeleteSecretRequestObject) (gen.DeleteSecretResponseObject, error) {
-	return nil, absentSecrets
-}
-
-// GetSecret implements the generated interface.
-func (absentHandlers) GetSecret(context.Context, gen.GetSecretRequestObject) (gen.GetSecretResponseObject, error) {
-	return nil, absentSecrets
-}
-
-// UpdateSecret implements the generated interface.
-func (absentHandlers) UpdateSecret(context.Context, gen.UpdateSecretRequestObject) (gen.UpdateSecretResponseObject, error) {
-	return nil, absentSecrets
 }
 
 // TeamMetrics implements the generated interface.

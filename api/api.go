@@ -32,6 +32,9 @@ type Server struct {
 	Snapshots cay.Snapshots
 	// Metrics measures sandboxes; nil answers that this is not there.
 	Metrics cay.Metrics
+	// Sealer keeps the values of secrets from whoever reads the store; nil is
+	// a server that keeps none.
+	Sealer Sealer
 	// Domain is told to clients as the domain of sandbox host names; empty
 	// leaves them with their own.
 	Domain string
@@ -155,6 +158,7 @@ func (s *Server) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { s.touchKeys(ctx) })
+	wg.Go(func() { s.resealSecrets(ctx) })
 	s.life.run(ctx)
 	return nil
 }

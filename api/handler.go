@@ -24,6 +24,7 @@ type handlers struct {
 	sandboxHandlers
 	templateHandlers
 	keyHandlers
+	secretHandlers
 	adminHandlers
 	absentHandlers
 }
@@ -48,7 +49,7 @@ func (s *Server) Handler() http.Handler {
 	bodyError := func(w http.ResponseWriter, r *http.Request, err error) { s.fail(w, r, badBody(err)) }
 
 	public := mustDocument(gen.GetSpec())
-	h := handlers{sandboxHandlers{s}, templateHandlers{s}, keyHandlers{s}, adminHandlers{s}, absentHandlers{s}}
+	h := handlers{sandboxHandlers{s}, templateHandlers{s}, keyHandlers{s}, secretHandlers{s}, adminHandlers{s}, absentHandlers{s}}
 	gen.HandlerWithOptions(gen.NewStrictHandlerWithOptions(h, nil, gen.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc: bodyError, ResponseErrorHandlerFunc: s.fail,
 	}), gen.ChiServerOptions{BaseRouter: r.With(s.guard(public)), ErrorHandlerFunc: paramError})
@@ -85,6 +86,9 @@ func (s *Server) guard(doc *openapi3.T) func(http.Handler) http.Handler {
 			path := rctx.RoutePattern()
 			item := doc.Paths.Value(path)
 			op := item.GetOperation(r.Method)
+			if strings.HasPrefix(path, "/secrets") {
+				w.Header().Set("Cache-Control", "no-store") // e2b.md 1.4, Secrets
+			}
 			c, err := s.authenticate(r, acceptsOf(doc, op))
 			if err != nil {
 				s.fail(w, r, err)

@@ -25,6 +25,7 @@ import (
 	"github.com/cayhq/cay"
 	gen "github.com/cayhq/cay/internal/gen/api"
 	"github.com/cayhq/cay/internal/gen/operator"
+	"github.com/cayhq/cay/internal/keyring"
 	"github.com/cayhq/cay/store"
 	"github.com/cayhq/cay/store/sqlite"
 )
@@ -239,6 +240,7 @@ type fixture struct {
 	s       *Server
 	node    *fakeNode
 	store   store.Store
+	dir     string // of the store and the keys of secrets
 	handler http.Handler
 	team    cay.Team
 	other   cay.Team
@@ -258,7 +260,8 @@ const (
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
 	ctx := context.Background()
-	st := sqlite.New(filepath.Join(t.TempDir(), "cay.db"))
+	dir := t.TempDir()
+	st := sqlite.New(filepath.Join(dir, "cay.db"))
 	if err := st.Open(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +270,7 @@ func newFixture(t *testing.T) *fixture {
 			t.Error(err)
 		}
 	})
-	f := &fixture{t: t, node: newFakeNode(), store: st, log: &bytes.Buffer{},
+	f := &fixture{t: t, node: newFakeNode(), store: st, dir: dir, log: &bytes.Buffer{},
 		team:  cay.Team{ID: "11111111-1111-4111-8111-111111111111", Name: "One", Slug: "one", Limits: cay.TeamLimits{ConcurrentSandboxes: 20, MaxLengthHours: 24}},
 		other: cay.Team{ID: "22222222-2222-4222-8222-222222222222", Name: "Two", Slug: "two", Limits: cay.TeamLimits{ConcurrentSandboxes: 20, MaxLengthHours: 1}},
 		key:   "e2b_" + strings.Repeat("1a", 20), foreign: "e2b_" + strings.Repeat("2b", 20)}
@@ -306,7 +309,11 @@ func (f *fixture) publish(team cay.Team, name string, public bool) cay.TemplateI
 
 // serve makes a new server over the same store and node, as a restart does.
 func (f *fixture) serve(now func() time.Time) {
-	f.s = &Server{Store: f.store, Node: f.node, Snapshots: f.node, Pepper: testPepper, Seed: testSeed, AdminToken: testAdmin, Now: now,
+	ring, err := keyring.Open(filepath.Join(f.dir, "keys.json"), time.Now)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.s = &Server{Store: f.store, Node: f.node, Snapshots: f.node, Sealer: ring, Pepper: testPepper, Seed: testSeed, AdminToken: testAdmin, Now: now,
 		Log: slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelWarn}))}
 	f.handler = checked(f.t, f.s.Handler())
 }
