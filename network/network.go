@@ -245,11 +245,10 @@ func (p *Pool) Acquire(ctx context.Context, e cay.Egress) (Slot, error) {
 		return Slot{}, err
 	}
 	if !made {
-		if err := p.make(index, taken); err != nil {
+		if err := p.make(index, taken, policyOf(e)); err != nil {
 			return Slot{}, err
 		}
-	}
-	if !e.Open() { // slots are made open
+	} else if !e.Open() {
 		if err := p.enforce(index, policyOf(e)); err != nil {
 			p.dispose(index)
 			return Slot{}, fail("setting the policy of a slot", err)
@@ -493,8 +492,8 @@ func (p *Pool) reserve(s state) (int, error) {
 }
 
 // make builds the slot of a reserved index and gives it a state.
-func (p *Pool) make(index int, then state) error {
-	if err := p.build(index); err != nil {
+func (p *Pool) make(index int, then state, pol policy) error {
+	if err := p.build(index, pol); err != nil {
 		p.dispose(index)
 		return fail("making a slot", err)
 	}
@@ -686,7 +685,7 @@ func (p *Pool) fill(ctx context.Context) {
 			index, err = p.reserve(warming)
 			p.mu.Unlock()
 			if err == nil {
-				if err = p.make(index, ready); err == nil {
+				if err = p.make(index, ready, policy{}); err == nil {
 					continue
 				}
 			}

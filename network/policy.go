@@ -109,7 +109,11 @@ func (p *Pool) SetPolicy(_ context.Context, index int, e cay.Egress) error {
 	}
 	t.turn.Lock()
 	defer t.turn.Unlock()
-	if err := p.enforce(index, policyOf(e)); err != nil {
+	err = p.enforce(index, policyOf(e))
+	if err == nil {
+		err = p.cut(index, policyOf(e))
+	}
+	if err != nil {
 		return fail(fmt.Sprintf("setting the policy of slot %d", index), err)
 	}
 	p.mu.Lock()
@@ -143,7 +147,7 @@ func (p *Pool) enforce(index int, pol policy) error {
 			return fmt.Errorf("closing the host's rules: %w", err)
 		}
 	}
-	return p.cut(f, pol)
+	return nil
 }
 
 // Refused reports whether an address is no destination for any guest, whatever
@@ -174,9 +178,14 @@ func (p *Pool) always(a netip.Addr) bool {
 // cut ends the connections in a router that a policy has made wrong. Without
 // its entry in the table of connections nothing that comes back reaches the
 // guest, and what the guest sends is judged anew.
-func (p *Pool) cut(router *os.File, pol policy) error {
+func (p *Pool) cut(index int, pol policy) error {
+	router, err := os.Open(p.routerNS(index))
+	if err != nil {
+		return err
+	}
+	defer router.Close()
 	var h *netlink.Handle
-	err := inNamespace(router, func() (err error) {
+	err = inNamespace(router, func() (err error) {
 		h, err = netlink.NewHandle(unix.NETLINK_NETFILTER)
 		return err
 	})

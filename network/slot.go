@@ -112,7 +112,7 @@ func (p *Pool) found() (map[int]bool, error) {
 
 // build makes a slot from nothing and proves that it carries packets. What it
 // made before an error is for remove.
-func (p *Pool) build(index int) error {
+func (p *Pool) build(index int, pol policy) error {
 	return onThread(func() error {
 		router, err := newNamespace(p.routerNS(index))
 		if err != nil {
@@ -160,11 +160,13 @@ func (p *Pool) build(index int) error {
 		if err := p.Limits.slow(rh, upLink, guestLink); err != nil {
 			return err
 		}
-		if err := p.routerFirewall(newTable(rules, routerTable), b.at, policy{}); err != nil {
+		if err := p.routerFirewall(newTable(rules, routerTable), b.at, pol); err != nil {
 			return fmt.Errorf("loading the router's rules: %w", err)
 		}
-		if err := onHost(func() error { return p.allow(p.link(index)) }); err != nil {
-			return fmt.Errorf("opening the host's rules: %w", err)
+		if !pol.shut() {
+			if err := onHost(func() error { return p.allow(p.link(index)) }); err != nil {
+				return fmt.Errorf("opening the host's rules: %w", err)
+			}
 		}
 		if err := b.prove(); err != nil {
 			return fmt.Errorf("testing the new slot: %w", err)
