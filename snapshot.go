@@ -2,6 +2,7 @@ package cay
 
 import (
 	"context"
+	"io"
 	"time"
 )
 
@@ -112,4 +113,22 @@ type Snapshots interface {
 	// VerifySnapshot reads a snapshot and returns CodeSnapshotCorrupt with the
 	// damaged part, if there is one.
 	VerifySnapshot(ctx context.Context, id SnapshotID) error
+}
+
+// Archives is what a machine that keeps snapshots may offer beside [Snapshots]:
+// to give one away as a single file, and to take one in.
+type Archives interface {
+	// OpenArchive returns a whole snapshot as an archive, and the archive's exact
+	// size. It reads the snapshot as it is now, also if it is deleted meanwhile.
+	// An unknown one is CodeNotFound. Reading it returns CodeSnapshotCorrupt when
+	// a part is not what the manifest says.
+	OpenArchive(ctx context.Context, id SnapshotID) (io.ReadCloser, int64, error)
+
+	// ReceiveArchive makes the snapshot id of an archive: all of it, verified, or
+	// nothing. accept is asked before anything but the manifest is read; its
+	// error is returned. template is the name that the snapshot's template had.
+	// A damaged or truncated archive is CodeSnapshotCorrupt, one of another
+	// engine or format CodeSnapshotIncompatible, and one of a build that is not
+	// here CodeTemplateNotFound.
+	ReceiveArchive(ctx context.Context, id SnapshotID, r io.Reader, accept func(m Snapshot, template string) error) (Snapshot, error)
 }

@@ -88,6 +88,31 @@ func (d *Disks) Save(ctx context.Context, id, name string) (Saved, error) {
 	return d.FindSaved(name)
 }
 
+// Receive makes a saved disk of what fill writes to the file, as Save does of a
+// disk: whole and on stable storage, or not there. The name must be free.
+func (d *Disks) Receive(ctx context.Context, name string, fill func(*os.File) error) (Saved, error) {
+	if err := checkSavedName(name); err != nil {
+		return Saved{}, err
+	}
+	if _, err := d.isOpen(); err != nil {
+		return Saved{}, err
+	}
+	file := d.savedFile(name)
+	tmp := file + ".new"
+	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return Saved{}, diskError("make the saved disk "+name, err)
+	}
+	defer os.Remove(tmp) // gone after the rename
+	if err := errors.Join(fill(f), f.Close(), ctx.Err()); err != nil {
+		return Saved{}, diskError("write the saved disk "+name, err)
+	}
+	if err := publish(tmp, file); err != nil {
+		return Saved{}, diskError("publish the saved disk "+name, err)
+	}
+	return d.FindSaved(name)
+}
+
 // syncDisk writes back everything of the file system mounted at dir, and
 // reports an error of an earlier write that nobody was told of.
 func syncDisk(dir string) error {

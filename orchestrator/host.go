@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"os"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/disk"
@@ -49,6 +50,8 @@ type Disks interface {
 	Flush(id string) error
 	// Save keeps what a disk holds under a name; nothing writes to it meanwhile.
 	Save(ctx context.Context, id, name string) (disk.Saved, error)
+	// Receive makes a saved disk of what fill writes.
+	Receive(ctx context.Context, name string, fill func(*os.File) error) (disk.Saved, error)
 	FindSaved(name string) (disk.Saved, error)
 	// RemoveSaved removes a saved disk; an unknown one is no error.
 	RemoveSaved(ctx context.Context, name string) error
