@@ -55,12 +55,14 @@ var sections = []section{
 	{"Create", []string{createCold, createPool, httpCold, httpPool, sdkCold, sdkPool, loadCold, loadPool}},
 	{"Work and end", []string{runTrue, sdkRun, call, kill, sdkKill, killClean}},
 	envdSection,
+	proxySection,
 	{"Server", []string{upEmpty}},
 	{"Yardsticks of the same run", []string{bareRun, bareReady, bareExec, bareDelete, nativeReady}},
 }
 
 // figureRows are the single numbers, in the order of the table.
-var figureRows = []string{rateCold, ratePool, idleMemory, idlePSS, idleSentry, idleGofer, idleStubs, idleGrowth, idleCgroup, idleHost, idleCPU, upFull, sizeCay, sizeEnvd}
+var figureRows = []string{rateCold, ratePool, idleMemory, idlePSS, idleSentry, idleGofer, idleStubs, idleGrowth, idleCgroup, idleHost, idleCPU, upFull,
+	proxyRate, nginxRate, proxyRatio, proxyCPU, nginxCPU, streamCost, sizeCay, sizeEnvd}
 
 // print writes the report for people.
 func (r Report) print(w io.Writer) {

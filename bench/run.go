@@ -35,14 +35,15 @@ var (
 )
 
 // Parts that can be measured alone: the daemon in a sandbox, starts without a
-// pool beside their yardsticks, and idle sandboxes.
+// pool beside their yardsticks, idle sandboxes, and the proxy.
 const (
 	partEnvd  = "envd"
 	partStart = "start"
 	partIdle  = "idle"
+	partProxy = "proxy"
 )
 
-var alone = []string{partEnvd, partStart, partIdle}
+var alone = []string{partEnvd, partStart, partIdle, partProxy}
 
 // run is one run of the benchmark.
 type run struct {
@@ -132,6 +133,9 @@ func (r *run) measure(ctx context.Context) (err error) {
 	if err := r.measureEnvd(ctx); err != nil {
 		return err
 	}
+	if err := r.measureProxy(ctx); err != nil {
+		return err
+	}
 	for _, t := range []*subject{r.cold, r.pool} {
 		if err := r.sustained(ctx, t); err != nil {
 			return err
@@ -163,6 +167,8 @@ func (r *run) measurePart(ctx context.Context, module string) (err error) {
 		return r.measureEnvd(ctx)
 	case partIdle:
 		return r.idleCost(ctx)
+	case partProxy:
+		return r.measureProxy(ctx)
 	}
 	defer func() { err = errors.Join(err, r.yard.close(context.WithoutCancel(ctx))) }()
 	if err := r.yard.open(ctx, r.cold.dir); err != nil {

@@ -1,5 +1,7 @@
 package main
 
+import "slices"
+
 // Names of the series and figures that targets and the table speak of.
 const (
 	bareRun     = "bare runsc run --detach, the command"
@@ -127,5 +129,5 @@ func judge(o outcome) []Target {
 		f, ok := o.figures[name]
 		add(Target{Name: name + ", per core", Value: f.Value / float64(max(o.cores, 1)), Limit: 5, AtLeast: true, Unit: "/s"}, ok)
 	}
-	return append(out, envdTargets(o)...)
+	return slices.Concat(out, envdTargets(o), proxyTargets(o))
 }
