@@ -259,6 +259,12 @@ func copyAnswer(w http.ResponseWriter, a *reply) error {
 			}
 			held = false
 		}
+		if a.wire != nil && b.large == nil && a.wire.in.Buffered() == 0 {
+			// More is to come, or the end. A stream that brings little holds no
+			// buffer of ours while it waits for that.
+			b.free()
+			_, _ = a.wire.in.Peek(1) // the error comes again with Read
+		}
 		p := b.bytes()
 		n, err := a.Body.Read(p)
 		if n > 0 {
