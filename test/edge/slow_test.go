@@ -37,25 +37,26 @@ type crowd struct {
 	letters atomic.Int64 // sent
 }
 
-// join opens n connections in five ways. Every fifth sends the body of a request
-// to the sandbox, which may take as long as it likes.
-func (e *edge) join(t *testing.T, n int) *crowd {
+// join opens n connections in five ways. Every fiftieth sends the body of a
+// request to a sandbox of its own, which may take as long as it likes.
+func (e *edge) join(t *testing.T, n int, other *program.Sandbox) *crowd {
 	t.Helper()
 	c := &crowd{stop: make(chan struct{})}
 	plain, secure := strings.TrimPrefix(e.Proxy, "http://"), "127.0.0.1:443"
+	var dripping []net.Conn
 	for i := range n {
-		addr, first, drip, which := plain, "", "", 0
-		switch i % 5 {
-		case 0:
-			first, drip = "GET / HTTP/1.1\r\nHost: "+e.host(8080)+"\r\nX-Slow: ", "a"
-		case 1: // silent
-		case 2:
-			addr, which = secure, 1
-		case 3:
-			addr, which, first = secure, 1, "\x16\x03\x01\x02\x00\x01"
-		case 4:
-			first, drip, which = "POST /echo HTTP/1.1\r\nHost: "+e.host(8080)+"\r\nContent-Length: 100000\r\n\r\n", "b", -1
+		addr, first, which := plain, "", 0
+		switch {
+		case i%50 == 0:
+			first, which = fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: 8080-%s.%s\r\nContent-Length: 100000\r\n\r\n", other.ID, domain), -1
 			c.inBody++
+		case i%5 == 1: // silent
+		case i%5 == 2:
+			addr, which = secure, 1
+		case i%5 == 3 && i%2 == 0:
+			addr, which, first = secure, 1, "\x16\x03\x01\x02\x00\x01"
+		default:
+			first = "GET / HTTP/1.1\r\nHost: " + e.host(8080) + "\r\nX-Slow: "
 		}
 		conn, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -66,20 +67,8 @@ func (e *edge) join(t *testing.T, n int) *crowd {
 			t.Fatal(err)
 		}
 		c.conns = append(c.conns, conn)
-		if drip != "" {
-			c.wg.Go(func() {
-				for tick := time.NewTicker(time.Second); ; {
-					select {
-					case <-c.stop:
-						return
-					case <-tick.C:
-						if _, err := io.WriteString(conn, drip); err != nil {
-							return
-						}
-						c.letters.Add(1)
-					}
-				}
-			})
+		if first != "" && addr == plain {
+			dripping = append(dripping, conn)
 		}
 		if which >= 0 {
 			c.wg.Go(func() {
@@ -95,7 +84,47 @@ func (e *edge) join(t *testing.T, n int) *crowd {
 			})
 		}
 	}
+	c.wg.Go(func() { c.drip(dripping) })
 	return c
+}
+
+// drip sends a letter a second on each connection.
+func (c *crowd) drip(conns []net.Conn) {
+	const parts = 50
+	tick := time.NewTicker(time.Second / parts)
+	defer tick.Stop()
+	for part := 0; ; part++ {
+		select {
+		case <-c.stop:
+			return
+		case <-tick.C:
+		}
+		for i := part % parts; i < len(conns); i += parts {
+			if _, err := io.WriteString(conns[i], "a"); err == nil {
+				c.letters.Add(1)
+			}
+		}
+	}
+}
+
+// waitClosed waits until the server has closed n of them, and says when it is
+// late.
+func (c *crowd) waitClosed(t *testing.T, n int) {
+	t.Helper()
+	program.Eventually(t, headerDeadline+slack, func() string {
+		if got := int(c.closed.Load()); got < n {
+			return fmt.Sprintf("%d of %d slow connections are closed", got, n)
+		}
+		return ""
+	})
+	for which, limit := range []time.Duration{headerDeadline, handshakeDeadline} {
+		if d := time.Duration(c.latest[which].Load()); d > limit+slack {
+			t.Errorf("slow connections were closed after %s, promised are %s", d, limit)
+		}
+	}
+	if c.letters.Load() == 0 {
+		t.Error("no letter was sent")
+	}
 }
 
 // leave ends those that are still there.
@@ -144,6 +173,7 @@ func TestSlowClients(t *testing.T) {
 	n := program.Sized(500, 5000)
 	e := startEdge(t)
 	e.box = e.inhabit(t, nil)
+	other := e.inhabit(t, nil)
 	hc := e.http(h1)
 	defer hc.CloseIdleConnections()
 	url := "https://" + e.host(8080) + "/hello"
@@ -154,29 +184,18 @@ func TestSlowClients(t *testing.T) {
 	var rounds []string
 	for kept := false; !kept; {
 		alone := p99(t, hc, url)
-		c := e.join(t, n)
+		c := e.join(t, n, other)
 		with := p99(t, hc, url)
 		if most := before + n + c.inBody + 64; e.descriptors(t) > most {
 			t.Errorf("%d files with %d slow clients, %d before: more than %d", e.descriptors(t), n, before, most)
 		}
-		program.Eventually(t, headerDeadline+slack, func() string {
-			if got := int(c.closed.Load()); got < n-c.inBody {
-				return fmt.Sprintf("%d of %d slow connections are closed", got, n-c.inBody)
-			}
-			return ""
-		})
-		for which, limit := range []time.Duration{headerDeadline, handshakeDeadline} {
-			if d := time.Duration(c.latest[which].Load()); d > limit+slack {
-				t.Errorf("slow connections were closed after %s, promised are %s", d, limit)
-			}
-		}
-		if c.letters.Load() == 0 {
-			t.Error("no letter was sent")
+		if len(rounds) == 0 {
+			c.waitClosed(t, n-c.inBody)
 		}
 		c.leave()
 		kept = float64(with) <= mostSlowdown*float64(alone)
 		rounds = append(rounds, fmt.Sprintf("%s alone, %s with %d slow clients", alone, with, n))
-		if !kept && len(rounds) == 6 {
+		if !kept && len(rounds) == 10 {
 			t.Errorf("p99 of healthy requests: %s", strings.Join(rounds, "; "))
 			break
 		}
