@@ -25,6 +25,8 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -166,10 +168,10 @@ func (p *Pool) prepare() error {
 	}
 	p.mtu = mtu(p.host)
 	p.special = spans(append(append(Refused(), p.Refuse...), p.cidr()))
-	err := p.take(func() error {
+	var open []string
+	err := p.take(func() (err error) {
 		c := &nftables.Conn{}
-		open, err := openSlots(c, p)
-		if err != nil {
+		if open, err = openSlots(c, p); err != nil {
 			return fmt.Errorf("reading the firewall: %w", err)
 		}
 		if err := hostFirewall(c, p, open); err != nil {
@@ -187,6 +189,12 @@ func (p *Pool) prepare() error {
 	p.slots, p.tenants = map[int]state{}, map[int]*tenant{}
 	for i := range found {
 		p.slots[i] = unowned
+	}
+	// What was removed when the earlier process ended, the host remembers yet.
+	for _, link := range open {
+		if i, err := strconv.Atoi(strings.TrimPrefix(link, p.linkPrefix())); err == nil && !found[i] {
+			p.slots[i] = removed
+		}
 	}
 	return nil
 }

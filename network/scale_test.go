@@ -136,7 +136,7 @@ func TestAllPairs(t *testing.T) {
 // TestManySlots makes as many slots as a node may need, several at a time, and
 // uses each; nothing of them is left.
 func TestManySlots(t *testing.T) {
-	n := sized(60, 2000)
+	n := sized(24, 2000)
 	p := testPool(t, "many", func(p *Pool) { p.Size, p.CIDR = n, netip.MustParsePrefix("10.192.0.0/12") })
 	serve(t, world, publicAddr.String()+":80")
 	began := time.Now()
