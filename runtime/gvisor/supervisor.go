@@ -239,6 +239,7 @@ func (s *Supervisor) cleanHost() {
 	for unix.Unmount(null, unix.MNT_DETACH) == nil { // concurrent creates may stack mounts
 	}
 	_ = os.Remove(null)
+	_, _ = installGofer(s.home, nil) // removes it
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if err := cgroup(s.home.cgroupParent()).remove(ctx); err != nil {
