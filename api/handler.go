@@ -106,6 +106,12 @@ func (s *Server) guard(doc *openapi3.T) func(http.Handler) http.Handler {
 				s.fail(w, r, err)
 				return
 			}
+			if unbounded(r) {
+				if err := unbind(w); err != nil {
+					s.fail(w, r, err)
+					return
+				}
+			}
 			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), keyCaller, c)))
 		})
 	}
@@ -118,7 +124,7 @@ func validate(r *http.Request, params map[string]string, route *routers.Route) e
 	}
 	err := openapi3filter.ValidateRequest(r.Context(), &openapi3filter.RequestValidationInput{
 		Request: r, PathParams: params, Route: route,
-		Options: &openapi3filter.Options{SkipSettingDefaults: true, AuthenticationFunc: openapi3filter.NoopAuthenticationFunc},
+		Options: &openapi3filter.Options{SkipSettingDefaults: true, ExcludeRequestBody: unbounded(r), AuthenticationFunc: openapi3filter.NoopAuthenticationFunc},
 	})
 	if err == nil {
 		return nil

@@ -38,7 +38,8 @@ func TestDocumentsAreValid(t *testing.T) {
 
 // Bodies that satisfy the documents, for the calls that need one.
 var goodBody = map[string]string{
-	"CreateSandbox": `{"templateID":"theirs"}`, "CreateSandboxV2": `{"templateID":"theirs"}`,
+	"ImportSnapshot": `x`,
+	"CreateSandbox":  `{"templateID":"theirs"}`, "CreateSandboxV2": `{"templateID":"theirs"}`,
 	"ConnectSandbox": `{"timeout":1}`, "SetSandboxTimeout": `{"timeout":1}`, "UpdateSandboxNetwork": `{}`, "CreateSnapshot": `{}`,
 	"CreateTemplateV3": `{"name":"x"}`, "CreateTemplateV2": `{"alias":"x"}`, "CreateTemplate": `{"dockerfile":"FROM x"}`,
 	"RebuildTemplate": `{"dockerfile":"FROM x"}`, "UpdateTemplate": `{"public":true}`, "UpdateTemplateV2": `{"public":true}`,

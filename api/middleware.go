@@ -40,10 +40,14 @@ func (s *Server) outer(next http.Handler) http.Handler {
 			id = "req_" + strings.ToLower(rand.Text()[:16])
 		}
 		w.Header().Set(headerRequestID, id)
-		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), keyRequest, id), handlerTimeout)
-		defer cancel()
+		ctx := context.WithValue(r.Context(), keyRequest, id)
+		if !unbounded(r) {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, handlerTimeout)
+			defer cancel()
+			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		}
 		r = r.WithContext(ctx)
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		// Routing is on the path as it was sent: %2F in a template's name does
 		// not end a segment.
 		u := *r.URL

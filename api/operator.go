@@ -227,26 +227,29 @@ func (s operatorHandlers) ListSnapshots(ctx context.Context, _ operator.ListSnap
 	if err != nil {
 		return nil, err
 	}
+	team := map[cay.SnapshotID]cay.TeamID{} // of one that was imported, it is not that of the manifest
 	for _, k := range kept {
-		owner[k.ID] = "client"
+		owner[k.ID], team[k.ID] = "client", k.Team
 		if k.Name != "" {
 			names[k.ID] = []string{k.Name + ":" + k.Tag}
 		}
 	}
 	slices.SortFunc(there, func(a, b cay.Snapshot) int { return b.CreatedAt.Compare(a.CreatedAt) })
 	for _, n := range there {
-		row := operator.Snapshot{SnapshotID: string(n.ID), SandboxID: string(n.Sandbox), TeamID: string(n.Team), TemplateID: string(n.Template),
-			BuildID: string(n.Build), Names: names[n.ID], Owner: cmp.Or(owner[n.ID], "none"), CreatedAt: n.CreatedAt,
-			Runtime: n.Runtime, RuntimeVersion: n.RuntimeVersion, DiskBytes: n.Disk.SizeBytes}
-		if row.Names == nil {
-			row.Names = []string{}
-		}
-		for _, p := range n.Memory {
-			row.MemoryBytes += p.SizeBytes
-		}
-		out = append(out, row)
+		n.Team = cmp.Or(team[n.ID], n.Team)
+		out = append(out, snapshotRow(n, cmp.Or(owner[n.ID], "none"), names[n.ID]))
 	}
 	return out, nil
+}
+
+func snapshotRow(n cay.Snapshot, owner string, names []string) operator.Snapshot {
+	row := operator.Snapshot{SnapshotID: string(n.ID), SandboxID: string(n.Sandbox), TeamID: string(n.Team), TemplateID: string(n.Template),
+		BuildID: string(n.Build), Names: append([]string{}, names...), Owner: owner, CreatedAt: n.CreatedAt,
+		Runtime: n.Runtime, RuntimeVersion: n.RuntimeVersion, DiskBytes: n.Disk.SizeBytes}
+	for _, p := range n.Memory {
+		row.MemoryBytes += p.SizeBytes
+	}
+	return row
 }
 
 // VerifySnapshot implements the generated interface.

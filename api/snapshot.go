@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -161,16 +162,9 @@ func (s sandboxHandlers) CreateSnapshot(ctx context.Context, r gen.CreateSnapsho
 	}
 	team := callerOf(ctx).team
 	var name, tag string
-	if r.Body.Name != nil && *r.Body.Name != "" {
-		ref, err := parseTemplateRef(*r.Body.Name)
-		if err != nil {
+	if r.Body.Name != nil {
+		if name, tag, err = snapshotName(team, *r.Body.Name); err != nil {
 			return nil, err
-		}
-		if ref.Namespace != "" && ref.Namespace != team.Slug {
-			return nil, invalid("the name %q is in the namespace %q, and your team's is %q", "leave the namespace out", *r.Body.Name, ref.Namespace, team.Slug)
-		}
-		if name, tag = ref.Name, ref.Tag; tag == "" {
-			tag = store.DefaultTag
 		}
 	}
 	snap := store.Snapshot{ID: cay.NewSnapshotID(), Team: team.ID, Name: name, Tag: tag}
@@ -189,14 +183,34 @@ func (s sandboxHandlers) CreateSnapshot(ctx context.Context, r gen.CreateSnapsho
 		return gen.CreateSnapshot201JSONResponse(snapshotInfo(team, snap)), nil
 	case cay.CodeConflict:
 		if name != "" && errors.Is(err, &cay.Error{Code: cay.CodeConflict}) && s.taken(ctx, team, name) {
-			return nil, invalid("a template of your team is called %q already", "give the snapshot another name", name)
+			return nil, errTaken(name)
 		}
 	}
 	return nil, err
 }
 
+// snapshotName parses what a team calls a snapshot: nothing, name or name:tag,
+// with or without its own namespace.
+func snapshotName(team cay.Team, text string) (name, tag string, err error) {
+	if text == "" {
+		return "", "", nil
+	}
+	ref, err := parseTemplateRef(text)
+	if err != nil {
+		return "", "", err
+	}
+	if ref.Namespace != "" && ref.Namespace != team.Slug {
+		return "", "", invalid("the name %q is in the namespace %q, and your team's is %q", "leave the namespace out", text, ref.Namespace, team.Slug)
+	}
+	return ref.Name, cmp.Or(ref.Tag, store.DefaultTag), nil
+}
+
+func errTaken(name string) error {
+	return invalid("a template of your team is called %q already", "give the snapshot another name", name)
+}
+
 // taken reports whether a template of the team has the name.
-func (s sandboxHandlers) taken(ctx context.Context, team cay.Team, name string) bool {
+func (s *Server) taken(ctx context.Context, team cay.Team, name string) bool {
 	t, err := s.Store.FindTemplate(ctx, team.ID, store.TemplateRef{Namespace: team.Slug, Name: name})
 	return err == nil && t.Team == team.ID
 }

@@ -347,6 +347,15 @@ type SnapshotID = string
 // Failure What went wrong, why, and what to do.
 type Failure = Error
 
+// ImportSnapshotParams defines parameters for ImportSnapshot.
+type ImportSnapshotParams struct {
+	// TeamID The team whose snapshot it becomes.
+	TeamID string `form:"teamID" json:"teamID"`
+
+	// Name What the team calls it, as name or name:tag.
+	Name *string `form:"name,omitempty" json:"name,omitempty"`
+}
+
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
 	// TeamID Only those of this team.
@@ -436,6 +445,22 @@ func WithRequestEditorFn(fn RequestEditorFn) ClientOption {
 // The interface specification for the client above.
 type ClientInterface interface {
 
+	// ImportSnapshotWithBody Take in a snapshot that was exported, all of it or nothing.
+	//
+	// Its ID is a new one. Take in only archives of servers that you trust.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /operator/v1/archives (the `ImportSnapshot` operationId).
+	ImportSnapshotWithBody(ctx context.Context, params *ImportSnapshotParams, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ExportSnapshot A snapshot as one file, a tar, with all that a server needs to take it in.
+	//
+	// The archive holds the token of the guest's daemon and everything that was in the guest's memory: it is as secret as they are. Nothing bounds how long it takes.
+	//
+	// Corresponds with GET /operator/v1/archives/{snapshotID} (the `ExportSnapshot` operationId).
+	ExportSnapshot(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// ListSandboxes Live sandboxes of every team, newest first.
 	//
 	// Corresponds with GET /operator/v1/sandboxes (the `ListSandboxes` operationId).
@@ -486,6 +511,42 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /operator/v1/status (the `Status` operationId).
 	Status(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+}
+
+// ImportSnapshotWithBody Take in a snapshot that was exported, all of it or nothing.
+//
+// Its ID is a new one. Take in only archives of servers that you trust.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /operator/v1/archives (the `ImportSnapshot` operationId).
+func (c *Client) ImportSnapshotWithBody(ctx context.Context, params *ImportSnapshotParams, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewImportSnapshotRequestWithBody(c.Server, params, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ExportSnapshot A snapshot as one file, a tar, with all that a server needs to take it in.
+//
+// The archive holds the token of the guest's daemon and everything that was in the guest's memory: it is as secret as they are. Nothing bounds how long it takes.
+//
+// Corresponds with GET /operator/v1/archives/{snapshotID} (the `ExportSnapshot` operationId).
+func (c *Client) ExportSnapshot(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewExportSnapshotRequest(c.Server, snapshotID)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
 }
 
 // ListSandboxes Live sandboxes of every team, newest first.
@@ -627,6 +688,104 @@ func (c *Client) Status(ctx context.Context, reqEditors ...RequestEditorFn) (*ht
 		return nil, err
 	}
 	return c.Client.Do(req)
+}
+
+// NewImportSnapshotRequestWithBody constructs an http.Request for the ImportSnapshot method, with any body, and a specified content type
+func NewImportSnapshotRequestWithBody(server string, params *ImportSnapshotParams, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/archives")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if queryFrag, err := runtime.StyleParamWithOptions("form", true, "teamID", params.TeamID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+			return nil, err
+		} else {
+			for _, qp := range strings.Split(queryFrag, "&") {
+				rawQueryFragments = append(rawQueryFragments, qp)
+			}
+		}
+
+		if params.Name != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "name", *params.Name, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewExportSnapshotRequest constructs an http.Request for the ExportSnapshot method
+func NewExportSnapshotRequest(server string, snapshotID SnapshotID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "snapshotID", snapshotID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/archives/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
 }
 
 // NewListSandboxesRequest constructs an http.Request for the ListSandboxes method
@@ -1024,6 +1183,24 @@ func WithBaseURL(baseURL string) ClientOption {
 // ClientWithResponsesInterface is the interface specification for the client with responses above.
 type ClientWithResponsesInterface interface {
 
+	// ImportSnapshotWithBodyWithResponse Take in a snapshot that was exported, all of it or nothing.
+	//
+	// Its ID is a new one. Take in only archives of servers that you trust.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /operator/v1/archives (the `ImportSnapshot` operationId).
+	ImportSnapshotWithBodyWithResponse(ctx context.Context, params *ImportSnapshotParams, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*ImportSnapshotResponse, error)
+
+	// ExportSnapshotWithResponse A snapshot as one file, a tar, with all that a server needs to take it in.
+	//
+	// The archive holds the token of the guest's daemon and everything that was in the guest's memory: it is as secret as they are. Nothing bounds how long it takes.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /operator/v1/archives/{snapshotID} (the `ExportSnapshot` operationId).
+	ExportSnapshotWithResponse(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*ExportSnapshotResponse, error)
+
 	// ListSandboxesWithResponse Live sandboxes of every team, newest first.
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -1092,6 +1269,54 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /operator/v1/status (the `Status` operationId).
 	StatusWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*StatusResponse, error)
+}
+
+type ImportSnapshotResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON201 the response for an HTTP 201 `application/json` response
+	JSON201 *Snapshot
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r ImportSnapshotResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ImportSnapshotResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+type ExportSnapshotResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r ExportSnapshotResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ExportSnapshotResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
 }
 
 type ListSandboxesResponse struct {
@@ -1315,6 +1540,36 @@ func (r StatusResponse) StatusCode() int {
 	return 0
 }
 
+// ImportSnapshotWithBodyWithResponse Take in a snapshot that was exported, all of it or nothing.
+//
+// Its ID is a new one. Take in only archives of servers that you trust.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /operator/v1/archives (the `ImportSnapshot` operationId).
+func (c *ClientWithResponses) ImportSnapshotWithBodyWithResponse(ctx context.Context, params *ImportSnapshotParams, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*ImportSnapshotResponse, error) {
+	rsp, err := c.ImportSnapshotWithBody(ctx, params, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseImportSnapshotResponse(rsp)
+}
+
+// ExportSnapshotWithResponse A snapshot as one file, a tar, with all that a server needs to take it in.
+//
+// The archive holds the token of the guest's daemon and everything that was in the guest's memory: it is as secret as they are. Nothing bounds how long it takes.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /operator/v1/archives/{snapshotID} (the `ExportSnapshot` operationId).
+func (c *ClientWithResponses) ExportSnapshotWithResponse(ctx context.Context, snapshotID SnapshotID, reqEditors ...RequestEditorFn) (*ExportSnapshotResponse, error) {
+	rsp, err := c.ExportSnapshot(ctx, snapshotID, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseExportSnapshotResponse(rsp)
+}
+
 // ListSandboxesWithResponse Live sandboxes of every team, newest first.
 //
 // Returns a wrapper object for the known response body format(s).
@@ -1436,6 +1691,65 @@ func (c *ClientWithResponses) StatusWithResponse(ctx context.Context, reqEditors
 		return nil, err
 	}
 	return ParseStatusResponse(rsp)
+}
+
+// ParseImportSnapshotResponse parses an HTTP response from a ImportSnapshotWithResponse call
+func ParseImportSnapshotResponse(rsp *http.Response) (*ImportSnapshotResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ImportSnapshotResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 201:
+		var dest Snapshot
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON201 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
+// ParseExportSnapshotResponse parses an HTTP response from a ExportSnapshotWithResponse call
+func ParseExportSnapshotResponse(rsp *http.Response) (*ExportSnapshotResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ExportSnapshotResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
 }
 
 // ParseListSandboxesResponse parses an HTTP response from a ListSandboxesWithResponse call
@@ -1729,6 +2043,12 @@ func ParseStatusResponse(rsp *http.Response) (*StatusResponse, error) {
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
+	// ImportSnapshot Take in a snapshot that was exported, all of it or nothing.
+	// (POST /operator/v1/archives)
+	ImportSnapshot(w http.ResponseWriter, r *http.Request, params ImportSnapshotParams)
+	// ExportSnapshot A snapshot as one file, a tar, with all that a server needs to take it in.
+	// (GET /operator/v1/archives/{snapshotID})
+	ExportSnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID)
 	// ListSandboxes Live sandboxes of every team, newest first.
 	// (GET /operator/v1/sandboxes)
 	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
@@ -1761,6 +2081,18 @@ type ServerInterface interface {
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
 
 type Unimplemented struct{}
+
+// ImportSnapshot Take in a snapshot that was exported, all of it or nothing.
+// (POST /operator/v1/archives)
+func (_ Unimplemented) ImportSnapshot(w http.ResponseWriter, r *http.Request, params ImportSnapshotParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ExportSnapshot A snapshot as one file, a tar, with all that a server needs to take it in.
+// (GET /operator/v1/archives/{snapshotID})
+func (_ Unimplemented) ExportSnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
 
 // ListSandboxes Live sandboxes of every team, newest first.
 // (GET /operator/v1/sandboxes)
@@ -1824,6 +2156,78 @@ type ServerInterfaceWrapper struct {
 }
 
 type MiddlewareFunc func(http.Handler) http.Handler
+
+// ImportSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) ImportSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ImportSnapshotParams
+
+	// ------------- Required query parameter "teamID" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "teamID", r.URL.Query(), &params.TeamID, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "teamID"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "teamID", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ImportSnapshot(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ExportSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) ExportSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "snapshotID" -------------
+	var snapshotID SnapshotID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "snapshotID", chi.URLParam(r, "snapshotID"), &snapshotID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshotID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ExportSnapshot(w, r, snapshotID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
 
 // ListSandboxes operation middleware
 func (siw *ServerInterfaceWrapper) ListSandboxes(w http.ResponseWriter, r *http.Request) {
@@ -2211,11 +2615,102 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/operator/v1/snapshots/{snapshotID}/verify", wrapper.VerifySnapshot)
 	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/operator/v1/archives/{snapshotID}", wrapper.ExportSnapshot)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/operator/v1/archives", wrapper.ImportSnapshot)
+	})
 
 	return r
 }
 
 type FailureJSONResponse Error
+
+type ImportSnapshotRequestObject struct {
+	Params ImportSnapshotParams
+	Body   io.Reader
+}
+
+type ImportSnapshotResponseObject interface {
+	VisitImportSnapshotResponse(w http.ResponseWriter) error
+}
+
+type ImportSnapshot201JSONResponse Snapshot
+
+func (response ImportSnapshot201JSONResponse) VisitImportSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ImportSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ImportSnapshotdefaultJSONResponse) VisitImportSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ExportSnapshotRequestObject struct {
+	SnapshotID SnapshotID `json:"snapshotID"`
+}
+
+type ExportSnapshotResponseObject interface {
+	VisitExportSnapshotResponse(w http.ResponseWriter) error
+}
+
+type ExportSnapshot200ApplicationxTarResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response ExportSnapshot200ApplicationxTarResponse) VisitExportSnapshotResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-tar")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	_, err := io.Copy(w, response.Body)
+	return err
+}
+
+type ExportSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ExportSnapshotdefaultJSONResponse) VisitExportSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
 
 type ListSandboxesRequestObject struct {
 	Params ListSandboxesParams
@@ -2557,6 +3052,12 @@ func (response StatusdefaultJSONResponse) VisitStatusResponse(w http.ResponseWri
 
 // StrictServerInterface represents all server handlers.
 type StrictServerInterface interface {
+	// ImportSnapshot Take in a snapshot that was exported, all of it or nothing.
+	// (POST /operator/v1/archives)
+	ImportSnapshot(ctx context.Context, request ImportSnapshotRequestObject) (ImportSnapshotResponseObject, error)
+	// ExportSnapshot A snapshot as one file, a tar, with all that a server needs to take it in.
+	// (GET /operator/v1/archives/{snapshotID})
+	ExportSnapshot(ctx context.Context, request ExportSnapshotRequestObject) (ExportSnapshotResponseObject, error)
 	// ListSandboxes Live sandboxes of every team, newest first.
 	// (GET /operator/v1/sandboxes)
 	ListSandboxes(ctx context.Context, request ListSandboxesRequestObject) (ListSandboxesResponseObject, error)
@@ -2623,6 +3124,60 @@ type strictHandler struct {
 	ssi         StrictServerInterface
 	middlewares []StrictMiddlewareFunc
 	options     StrictHTTPServerOptions
+}
+
+// ImportSnapshot operation middleware
+func (sh *strictHandler) ImportSnapshot(w http.ResponseWriter, r *http.Request, params ImportSnapshotParams) {
+	var request ImportSnapshotRequestObject
+
+	request.Params = params
+
+	request.Body = r.Body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ImportSnapshot(ctx, request.(ImportSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ImportSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ImportSnapshotResponseObject); ok {
+		if err := validResponse.VisitImportSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ExportSnapshot operation middleware
+func (sh *strictHandler) ExportSnapshot(w http.ResponseWriter, r *http.Request, snapshotID SnapshotID) {
+	var request ExportSnapshotRequestObject
+
+	request.SnapshotID = snapshotID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ExportSnapshot(ctx, request.(ExportSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ExportSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ExportSnapshotResponseObject); ok {
+		if err := validResponse.VisitExportSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
 }
 
 // ListSandboxes operation middleware
@@ -2861,65 +3416,70 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFtfb9y2lv8qhHYBvygep8nuw+TJTd2N0SYt4qBdIAgCjnhmxJoiFZLyZBD4u1+cQ0qiZqixnTi59y0Z",
-	"UuTh+fs7f/ylqEzTGg3au2L5pWi55Q14sPQ/x7VYmc+Xv+B/BLjKytZLo4tl8a4GFpdLZtaM6x3zwJvT",
-	"oiwkbmi5r4uy0LyBYpmcVBYWPnXSgiiW3nZQFq6qoeF4hd+1tNlbqTfF7W1ZOM1bVxs/S0JcvxcN41kP",
-	"IeIWN7vWaAfElF+5VJ0F/GdltAft8Z+8bZWsOJK2+MchfV+SM//bwrpYFv+1GLm9CKtucWGtseGe6fue",
-	"n50xXwNDUsF5trLArx3jzHYKXrDnZ09p2Ztr0Ew61kjnpN4wY9nWGr3BLc9xiwVc1oa5rqp7qb1g/xPP",
-	"d2BvwLI1lwoE/vws/bniWhvPhGHSM222p0EugXh820ujnVHwu9RwKKNzpqQGFA4eucF3nDhWhU9QTq01",
-	"LVgvA289fPYZGZSFlw04z5sWV9fGNtwXy0JwD09wqSgzujOK+H3yfRku+TB8YVb/QOXxkouNBefewrpz",
-	"XOXeIsB5qUnIzNfcsy13zOJ+EMwbxnvmHr6sMl1QlOmZr8yWmbUHXTLumQLu/JJt8ejKNOCYN4atufNB",
-	"gPhrpz2I0/HBUnvYgC2C+vTkZagXAl/HuBasNda/YNC0fsfWxjLOPnVgdyXbSl+bzjNOW9iWdCdoELfA",
-	"tNFwesjrslhL6/x9RVMWij9kdzDf/ff8jUzyoxdiFVcKBJPoC2x4XJbW1hpvKpMRsK/aknWiLZmsmrZk",
-	"XrmS1d63JRM6cA4vVPI6zwULPFr+4VKnIO/BQHu76w2kNUpWO3rACVdbvhvU66RkJ8gId0KLSjbSn2Sp",
-	"cPDp8KY3XbMC21+D/A8HcxUU2dfSMQ9KOWbWeOwgGqn9/z7PqNuegeGtvR5EAZdR6ROWT3U0ijZyZ+Bf",
-	"1jTJSeaVYAvaB49Xsm29K0lQZEPeMGFytihmhPHq3bs/mfPcd26fCc9+ytocIGEf8yee41ErBQyf2fN+",
-	"HcJHSYbX8KqWGtyL6HHJzk0LesbKPs/ZAT6U8RXarvQvGFfOsJZb39/agHN8k1dbxXdg8/xIj3A756EJ",
-	"6hJiRfa0eFOWG4DhsgJ6egumVXN2RAFvLubH5ZJxF7TZbFjN3UMfvqfAJMKR/JwSvuJtCxo/PqDryjTg",
-	"a4y+xJ8VVFHkR0JCwqlvj3f9DweEYcjnbqCi5RSsjB1+seC8sfBRwMZykZXqsWCKO4+z7Y0RcKnXJqcS",
-	"0QAC12ynB0LBZey27VzCrcQKpchysYHG2N3POx++v9OnlUVrjHoLXOwOif0/VDrHVsZ4EIzXwGfCsO00",
-	"yWjG3W+khjJAMe7Y5kY6Y/NmEM75C6yTM2FlYFZG8P0SI7ACPavzNN+Ml0yPibejKr/ku/mzZlRFimI8",
-	"fGTNwePKINypyNL3paKZU7L45KzriSCB3IQb1M4B4A+HqsaFaT2Iw6MuPXOdvZE3qAMMbSd1kQSZE66s",
-	"jFHAdQBnwbxyHnwXiKKnI8RTgsDeClg0TlEyuR4h51a6GgS60azigBbnD8BXoG/EMSWDz1B1SGveIUuH",
-	"hjuwoM8u8EW1cZ4FGTlWcWt3kdkHd+DOuxKlKN4/9CvcHNIyYk5OSgM7Edcg34IvjilgXkQkS3gQ7xAr",
-	"wD0Jv6K9+xaScrc/LyWlF+dUTuWgoQkbEiWLHM1ZyltwprNVzmf8jqjS3RG25r2wkO769c/5tSCN/Op+",
-	"JE49weufi+Hg3Gsib18i0sy+6AbGkMJWO0J3mczzWioVI3smKlDQnF+b/dCC65r51U7r2cVeVf38DtSR",
-	"mdV9dN5vHS8dKR/el9C7d3858OeIDC61a6GayT4HD7y2pmEr42vmpMhFeR2xNFfqj3WxfH/ctlK/f/uh",
-	"PEh7lMIsVjPpmTAQkmjbEb7WnVIIz/sS0MG7LFTGinta99uweZ/z8YwyPOsI96Jby4KGiR89bp08pPm5",
-	"KBNz+XCaBV7V4MayTNYtV0Z7LvVcehDAzIkLCQ6i+hn3jgZ82WTTgl+livCvNkq4mLj1VGFe5/NZggav",
-	"M+98A35r7DWR5FpeTYtP+YqAFHe8r7WmAudm8J4xfp2h5DX6pPA06Sb1L/ziGOSbKSHcAQf3Ne8I1hrE",
-	"Gh5fDmrTs3V4VSq7I9r7djCVXILOiYONHMpklZKgfZKpjwlTFo0pyV1eRB6aVnE/KCEZe1oWwssbLvI6",
-	"tOqkEgHWHOq+Bf5ANDAArwPTIwcEWlAIkt6BmlZZ7jr29VxWHerwzZ05NWjxdihP5fAnUgdiOWbXSI3p",
-	"fMmMaUrWSuHKoMAf4bP0ZTSOj5Xlri4ZRZiPoS5QMnR2H5XBY1zdeWG2GlNOY9ua677yuK3R9KVnSt6A",
-	"m6Ma7mJpyFiznJzx8I8GfYGQb6cFWLbloW431NfmaqW1RLhGCab00Li74stYdRiS/IJby3cEq/jni7zS",
-	"vSM6PPpQoMJldKseeHPimApQjytltvfXxAY8F9zzGGkk3sXVn9Mafr4wkfgM1I4ZozNWbqQ+3utBuaNV",
-	"U7GRbJtARa9Wcj1fp265Be2PdrMCp4a78KJQEc0chqjpmHaS46NdX6+iNoXrx/RkxPVjYWCGyw6q2MGa",
-	"0o3mwLi7drErQK2lmVzpSGOOnD6PLx/r80Y76QjAxDrdNoZG2RcVrqXenM6kWT8gMysLNI4ZnvWBJru8",
-	"D7eTbmc8cnJAGSPaGIAGoxhTwFHw+6nfYIWDJNNolU8eB0cxOtU0KEyCTLmflKaN00HrB2MdzGr0bUeQ",
-	"wlUvlxw8HYBtVAt0UUquyZhBd83j5jKRFQm1o7iv4ifZVKZ3DtNqWA9njKOoJjO5zSPjDYRmD6lu7tVD",
-	"p+86G7p/oW6OW+/VCQptHDcJaHNBYAhcZpvNKqL4l0fdB1X6A4RcDmAS/VaoidEyhoBlEAMq0qeOW669",
-	"nIkL9yjZxuobpiNJte4bC7d3TFZE+mfiz9QFZxzW4/iy1PjvdmyJQyOl6CU99VBHcpNpAXjU8KxLQVdw",
-	"5aE95OIfGpjz0MZ0GTeWvVIxCm5pLXBqpZBvNl5E1Bpju7HXMy2wr2ioCSnmcue+/X2IlVqwM81+vGpY",
-	"HrEfMYQUatmzZGBIpjSaKIwx169dfnxBGb1BhuCeKcwx3UolfktTD/pAwcZnDP3gwMDh2thlnVMB37l8",
-	"t5HmVzghcSa181z7XDO4aaTPl5BDAM5XRkibf+VSHe29+DDKkVT0Ca86qSuIIuHW39PNhjuvuqoC5473",
-	"fL7hlr7+dlfVjVp6+z2oe4CtWKrdR3UZBJ1MIcWt989U0DvNKGzTz4m5cbTl67ti2b7PjC+9SSowpHWR",
-	"2z2504ZXCuP2RT9VwEPD6EG+9LsrZH+QzrlopH6HoP6YyzD2xI3QnwbpauCCLDKO0v3/EzrqSThrjO6t",
-	"/A12YZZNZju+V7XZDu03V6aVGqDQDjdgg3QIjuAGaScF0JLVZou/73qtiLhrF34MJQF23k9a0GyA78sk",
-	"KyN21AXUNGfBW3m6443ClypZgXak+/GZ5y2vanjy0+lZURadVcgJ71u3XCy22+0pp+VTYzeL+K1b/H75",
-	"8uLN1QV9Q318j7ldQb3TyF12/udl0hVdFmenT8PuSFGxLJ6dnp0+IzTraxLdov96cfN0MTG5DZD9DG70",
-	"UlDfw/mrtHmazHW+P4yVCnmHuJUUmkaBkjFKGg4bhT8E/iODm0euCNmeg9CJIZAMn1tFXmfNlYP8rUNn",
-	"bLj0XtWTgwxvD4c6vyMBoVehBsJk1vOns7MHzXk+hKS+YbBP0+Eg6C9UzqCf17xTs43SgfRFP6NKfqBr",
-	"Gm53h82wibWVTMMWnA9VFXJlfOOSZLb4gIfl1XDxZQCGt8HmFYQkb6qVv0ml+mbNgU7mXjRuWYzQMyOl",
-	"55k+gAnzOJQuhNES9PuNsY/Cywstkmx1b/j4kHVlb6a5cSbUg3BEcF7DsY7vHAFOGmwjNyc129ayqhF/",
-	"CvciZgjX0HpKfRzcgGaC78iuptyP/bnvIoCzRxuHPmwmfkeLGNqSJy7KIelJpIMi1xrj1tCe+ErbWMTB",
-	"58Rt76FW5cykwRcAZNAKBY4ApUZFqU1nGd+YQzEPMCtc9W8U8728YTo+/gN94bu+TK8QiMwMqJfMKPEY",
-	"TnEBm74rm5f7ZLQcMzQdJ4MJ7aCbDmPifVW5Hzpfx44DYZswP/tibEE8Lc/OzmhyGx3EKfsK9WLnGBgy",
-	"Ez7Uz0nhL1vBRpKXhe2sVoYR+29Ryjy02O5N45eMbzgiDWNKxtcebPxTijDzHKGldCwkpXNQh76cgI6D",
-	"BKqRWjZdUyzPMjPSP8SCpn+28ANt6O9jfwLBTCjfbhH5UhvxkUzJW17BLPB9h6v/ASHufkhwqF/9YM+H",
-	"WbOgctB0nuTEhZyKgiBFOxc8yUGZqKQMyoqY9t4ty/jdHSnLsOuHsL+v8f9A7l8Q4p7pIExY2RN3hJeL",
-	"L2N19nZxA1auqa/cxkmiKYP/ovXh0Q82jrEQfD8EfknQdFvTX3p9O+feAhdJ2ZZUFD/H8IZREV16gGxa",
-	"rmHPxxxh5lBAzGplrC9+T8AbbvjOFh9idJmC2gB1674i5pKiZVoV61kYyPxwm9aWSG/SqtL7D6gb4bKg",
-	"VaFssiCdiWd9SXN6fHr5Ze/vRIvbD7f/CgAA//8=",
+	"zFtfb9u4lv8qhHaBvKhxOtPdB/cpM5PZCe60HTTBvQsURUFLxxYnFKmSVByjyHdfnEOKomzKSdq0e5/a",
+	"WBR5eP7+zh99KSrddlqBcrZYfik6bngLDgz9ZbmqV/ru8jf8owZbGdE5oVWxLK4bYOFxyfSacbVjDnh7",
+	"WpSFwAUdd01RFoq3UCyTncrCwOdeGKiLpTM9lIWtGmg5HuF2HS12RqhNcX9fFlbxzjbazZIQnj+KhnGv",
+	"pxBxj4ttp5UFYsrvXMjeAP630sqBcvhf3nVSVBxJW/xtkb4vyZ7/aWBdLIv/WIzcXvindnFhjDb+nOn9",
+	"Xp2dMdcAQ1LBOrYywG8s48z0El6zV2cv6bHTN6CYsKwV1gq1YdqwrdFqg0te4RID+FhpZvuqGaT2mv1X",
+	"2N+CuQXD1lxIqPHnn9OfK66UdqzWTDim9PbUy8UTj3f7VSurJfwpFBzK6JxJoQCFg1tu8B4nllX+FZRT",
+	"Z3QHxgnPWwd3LiODsnCiBet42+HTtTYtd8WyqLmDF/ioKDO6M4r4Q/J+6Q/5GN/Qq7+hcnjIxcaAte9h",
+	"3Vsuc3epwTqhSMjMNdyxLbfM4HqomdOMD8w9vFmle68o0z3/0Fum1w5UybhjErh1S7bFrSvdgmVOa7bm",
+	"1nkB4q+9clCfjhcWysEGTOHVZyAvQ31d4+0YVzXrtHGvGbSd27G1Noyzzz2YXcm2wjW6d4zTErYl3fEa",
+	"xA0wpRWcHvK6LNbCWPdY0ZSF5E9Z7c13/z7/Qia50QuxiksJNRPoC4y/XJbWzminK50RsKu6kvV1VzJR",
+	"tV3JnLQla5zrSlYrzzk8UIqbPBcM8GD5h496CXkPBsqZ3WAgnZai2tEFTrjc8l1Ur5OSnSAj7Ak9lKIV",
+	"7iRLhYXPhye97dsVmOEY5L/fmEuvyK4RljmQ0jK9xm2jaIRy//0qo257BoanDnoQBFwGpU9YPtXRINrA",
+	"nci/rGmSk8wrwRaU8x6vZNtmV5KgyIacZrXO2WI9I4w/rq//YtZx19t9Jvz8U9bmAAn7lN/xHLdaSWB4",
+	"zYH3ax8+SjK8lleNUGBfB49Ldq47UDNWdjdnB3hRxldou8K9ZlxazTpu3HBqC9byTV5tJd+ByfMj3cLu",
+	"rIPWq4uPFdndwklZbgCGywro6h3oTs7ZEQW8uZgfHpeMW6/NesMabp968T0FJhGO5OeU8A/edaDw5QO6",
+	"rnQLrsHoS/xZQRVEfiQkJJz69ng3/HBAGIZ8biMVHadgpU38xYB12sCnGjaG11mpHgumuPI4297qGi7V",
+	"WudUIhiA55rpVSQUbMZuu94m3EqsUNRZLrbQarP7Zef8+w/6tLLotJbvgde7Q2L/B5XOspXWDmrGG+Az",
+	"Ydj0imQ04+43QkHpoRi3bHMrrDZ5M/D7/BOMFTNhJTIrI/jhESOwAgOr8zTfjodMtwmnoyr/ynfze82o",
+	"iqiLcfORNQeXK71wpyJL75eKZk7JwpWzrieABHITNqqdBcAfDlWN17pzUB9udemY7c2tuEUdYGg7qYsk",
+	"yJxwZaW1BK48OPPmlfPgO08UXR0hnqwJ7K2ABeOsSybWI+TcCttAjW40qzig6vMn4CtQt/UxJYM7qHqk",
+	"Ne+QhUXDjSwYsgu8UaOtY15GllXcmF1g9sEZuPKhRCmI9536Axf7tIyYk5NSZCfiGuSb98UhBcyLiGQJ",
+	"T+IdYgV4JOFXtHbfQlLuDvulpAzinMqpjBqasCFRssDRnKW8B6t7U+V8xp+IKu0DYWveC9fC3rz5Jf/M",
+	"SyP/dD8Sp57gzS9F3Dh3m8DbXxFpZm90C2NIYasdobtM5nkjpAyRPRMVKGjOP5t90YDt2/mnvVKzDwdV",
+	"dfMrUEdmnu6j82HpeOhIebxfQu/e+WXkzxEZXCrbQTWTfUYPvDa6ZSvtGmZFnYvyKmBpLuW7dbH8cNy2",
+	"Ur9//7E8SHukxCxWMeFYrcEn0aYnfK16KRGeDyWgg3sZqLSpH2nd7/3ifc6HPUp/rSPcC24tCxomfvS4",
+	"dXKf5ueiTMjl/W4GeNWAHcsyWbdcaeW4UHPpgQczJ9YnOIjqZ9w7GvBlm00LfhcywL9Gy9qGxG2gCvM6",
+	"l88SFDiVuedbcFttbogk2/FqWnzKVwRE/cD9OqMrsHYG72nt1hlK3qBP8lcTdlL/wjeOQb6ZEsIDcHBf",
+	"845grShWf/kyqs3A1nirVHZHtPd9NJVcgs6Jg62IZbJKClAuydTHhCmLxqTgNi8iB20nuYtKSMaeloXw",
+	"8JbXeR1a9ULWHtYc6r4B/kQ0EIHXgemRAwJVUwgSzoKcVlke2vbNXFbt6/Dtgzk1qPp9LE/l8CdSB/Vy",
+	"zK6RGt27kmndlqwTtS29An+CO+HKYByfKsNtUzKKMJ98XaBk6Ow+SY3b2KZ3td4qTDm16RquhsrjtkHT",
+	"F45JcQt2jmp4iKU+Y81ycsbDPxv0BUK+varBsC33dbtYX5urlTYC4RolmMJBax+KL2PVISb5BTeG7whW",
+	"8buLvNJdEx0OfShQ4TK4VQe8PbFMeqjHpdTbx2tiC47X3PEQaQSexeVf0xp+vjCR+AzUjhmj00ZshDre",
+	"60G5o1VTsZFsm0DFoFZiPV+n7rgB5Y52szyn4ll4kK+IZjZD1HRMO8nx0aqvV1GTwvVjejLi+rEwMMNl",
+	"C1XoYE3pRnNg3N7Y0BWg1tJMrnSkMUdOn4ebj/V5raywBGBCnW4bQqMYigo3Qm1OZ9KsH5CZlQUaxwzP",
+	"hkCTfbwPt5NuZ9hyskEZItoYgKJRjCngKPj91C9aYZRkGq3yyWN0FKNTTYPCJMiU+0lp2jiNWh+NNZrV",
+	"6NuOIIWrQS45eBqBbVALdFFSrMmYQfXt8+YygRUJtaO4r8Ir2VRmcA7TatgAZ7SlqCYyuc0z4w2EZk+p",
+	"bu7VQ6f3OovdP183x6WP6gT5No6dBLS5IBADl95ms4og/uVR90GVfg8hlxFMot/yNTF6jCFg6cWAivS5",
+	"54YrJ2biwiNKtqH6hulIUq37xsLtA5MVgf6Z+DN1wRmH9Ty+LDX+hx1b4tBIKQZJTz3UkdxkWgAeNTzr",
+	"UtAVXDnoDrn4TgGzDrqQLuPCclAqRsEtrQVOrRTyzcaLgFpDbNfmZqYF9hUNtVrUc7nz0P4+xEodmJlm",
+	"Px4VH4/YjxhCCrUcWBIZkimNJgqj9c0bmx9fkFptkCG4ZgpzdL+Sid9S1IM+ULDxGrEf7BkYjw1d1jkV",
+	"cL3NdxtpfoUTEmdCWceVyzWD21a4fAnZB+B8ZYS0+Xcu5NHei/OjHElFn/CqFaqCIBJu3CPdrD/zqq8q",
+	"sPZ4z+cbThnqbw9V3ailt9+DegTYCqXafVSXQdDJFFJY+vhMBb3TjMK2w5yYHUdbvr4rlu37zPjS26QC",
+	"Q1oXuD2QO214pTBuX/RTBTw0jAHkC7e7QvZ76ZzXrVDXCOqPuQxtTuwI/WmQrgFek0WGUbr/fUFbvfB7",
+	"jdG9E/+AnZ9lE9mO71Wjt7H9Zsu0UgMU2uEWjJcOwRFcIMykAFqyRm/x992gFQF37fyPviTAzodJC5oN",
+	"cEOZZKXrHXUBFc1Z8E6c7ngr8aZSVKAs6X645nnHqwZe/HR6VpRFbyRywrnOLheL7XZ7yunxqTabRXjX",
+	"Lv68/PXi7dUFvUN9fIe5XUG908Bddv7XZdIVXRZnpy/96kBRsSx+Pj07/ZnQrGtIdIvh7cXtywU3VSNu",
+	"vUy7bNUYvdflb+jrOVOwpWIEu+Y3QBdXcseGPZDpXn+Dt9rpnjnT+1ppdM6XNe7adtq4CI3Lybjoh3x5",
+	"DgVJkDhN31dA421Rv2j8bFSvCC2eMCo6Ox9GJFRcSkuzYTwUCrWhf5eOb+bICNFo/tCPcVblF+1HBmYm",
+	"Qu9eOG6mI6HRja2E4nRqdvA0vf/+JOpPZy+fbQo1CjUziPoblVPo5zXv5WyjNhK3GGZkyQ/1bYsXXBaD",
+	"/o3Ya2xpwx2qFtQl41J6jE8i0jRVQ66Vb2wKSIuPuHvWLhZfRtR6j9RuYKboE94IvYdxnHZvYLXm0GpF",
+	"foYcVDLqs+WxgDGs9hB2yD64ZRYqAy7MK+0o3rC3/mZspXtVW/JpEUnxG28bU+u7uDtufTmRjEsWCZD3",
+	"ijvRpLPvoL2z7H4OZUrScG4J4q2FxBycOW78JCupkvPFqIAjFADKWROPSUDqkbo1gTlBn6by+VNYd5UO",
+	"rBxzju/QBztyjKRrNH6ZjK7PecQneMDkCK+gFnz3m3QL7jpJSG/NpYX8qXEaIR76qIr1QVVtL/e3bkdB",
+	"EZXoqbp46NWeQtLQpN2n6fv5vL0BhAnCKTE0g3W+kj3Rw9DRPqKGiy8xGb/3vk2CL6xNtfIfQsqhQf5k",
+	"lxHT/YyUXmV6r8GnefdN43yItVttnoWXF6pOKoR7H3wcsq6cd/u+K++38IAxbmv5zlKST8PE5PKFYttG",
+	"VA3m/LV9Hfz6DXSOyk0WbkGxmu8yPjvMRHwXAZw9X/A/GOD4jhYRR0FObJBD0gdOh/NuFOYKsSX8lbax",
+	"CB+bzMKAc2n1ZKjChwyvFRIswWKM/azRvWF8ow/FHFNbf9T/o5gf5Q3TT3Z+oC+8HlqjEpO/mY+CSqZl",
+	"/RxOcQGbYRImL/fJ5zzCYwj6GoMyTHTT/tOcoZM3fOizDl1eyif9Nwuvx7bvy/Ls7Iy+lkEHccq+Qr3Y",
+	"OeVsh1OV1ENPSw5sBRtBXha2s1rpP2v6FqXMQ4vt3hdQJeMbjkhD65LxtQMTPl/z35mEdF5Y5guBc1CH",
+	"3pyAjoOiVSuUaPu2WJ5lvkv5IRY0/VTsB9rQv459dsa0b5lt+Y750Y1nMiVneAWzwPcan/4bhLjHIcHY",
+	"M/jBns+JFmGGg246w3difR2LgiBFO+s9yUFpvqTijalDqfFhWYb3HkhZ4qofwv5YZ/hx3L8gxD3TtX1s",
+	"+jdwaVJbWNyCEetdWoebMvif9Pw75eyvsp8nCISv9HXtt3PuPfA6LdegiuLrGN4wKqJL95BNiTXs+Zgj",
+	"zIxNm6xWhp7O9wS8/oTvbPE+RpcpqPVQtxm6EDZpFKWdiIGFnsyP92k9n/QmreR/+Ii6EWq49NSXqhek",
+	"M2GvL2lOj1cvv+x9m1/cf7z/vwAAAP//",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
