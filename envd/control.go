@@ -41,7 +41,7 @@ func (s *Server) settings() settings {
 	return s.state
 }
 
-// initRequest is the body of POST /init: E2B's fields and two of Cay's.
+// initRequest is the body of POST /init: E2B's fields and those of Cay's.
 type initRequest struct {
 	EnvVars        map[string]string `json:"envVars"`
 	AccessToken    string            `json:"accessToken"`
@@ -53,6 +53,7 @@ type initRequest struct {
 	Generation     string            `json:"generation"`
 	Instance       string            `json:"instance"`
 	ControlToken   string            `json:"controlToken"`
+	CABundle       string            `json:"caBundle"`
 	VolumeMounts   []json.RawMessage `json:"volumeMounts"`
 }
 
@@ -76,6 +77,10 @@ func (s *Server) Control() http.Handler {
 		case "/init":
 			if allow(w, r, http.MethodPost) {
 				s.initialise(w, r)
+			}
+		case "/trust":
+			if allow(w, r, http.MethodPost) {
+				s.serveTrust(w, r)
 			}
 		case "/freeze", "/fsfreeze":
 			if allow(w, r, http.MethodPost) {
@@ -114,7 +119,7 @@ func (s *Server) identity(w http.ResponseWriter) {
 
 func (s *Server) initialise(w http.ResponseWriter, r *http.Request) {
 	var q initRequest
-	if err := json.NewDecoder(io.LimitReader(r.Body, maxInit)).Decode(&q); err != nil && !errors.Is(err, io.EOF) {
+	if err := decodeInit(r, &q); err != nil {
 		writeError(w, http.StatusBadRequest, "the body of /init is not valid: "+err.Error())
 		return
 	}
@@ -128,6 +133,14 @@ func (s *Server) initialise(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("X-Envd-Version", Version)
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// decodeInit reads a body, which may be empty.
+func decodeInit(r *http.Request, into any) error {
+	if err := json.NewDecoder(io.LimitReader(r.Body, maxInit)).Decode(into); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
 }
 
 // apply takes over a configuration, unless a newer one is there.
@@ -181,6 +194,11 @@ func (s *Server) apply(ctx context.Context, q initRequest) error {
 
 	if s.cfg.System {
 		s.setSystem(q)
+	}
+	if q.CABundle != "" {
+		if err := s.trustAuthority(q.CABundle); err != nil {
+			return err
+		}
 	}
 	s.writeMarks(st)
 	if changed {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/egress"
@@ -23,6 +24,9 @@ type Names interface {
 	// Detach ends what is open and closes the sockets; an unknown guest is no
 	// error.
 	Detach(e cay.ExecutionID) error
+	// Bundle returns, in PEM, the authority that a guest whose policy has
+	// rules must trust.
+	Bundle() (string, error)
 }
 
 var errNoNames = &cay.Error{Code: cay.CodeNotImplemented, Layer: cay.LayerNetwork,
@@ -47,7 +51,43 @@ func (o *Orchestrator) SetEgress(ctx context.Context, id cay.SandboxID, e cay.Eg
 	if g == nil {
 		return errNotFound(id)
 	}
+	if err := o.trust(ctx, g, e); err != nil {
+		return err
+	}
 	return o.confine(ctx, g, confined{id, team, e})
+}
+
+// bundle returns what a guest must trust for a policy; mostly nothing.
+func (o *Orchestrator) bundle(e cay.Egress) (string, error) {
+	switch {
+	case len(e.Rules) == 0:
+		return "", nil
+	case o.Names == nil:
+		return "", errNoNames
+	}
+	return o.Names.Bundle()
+}
+
+// trustTimeout bounds how long a guest may take to write a file.
+const trustTimeout = 5 * time.Second
+
+// trust has a running guest trust what a policy needs, before it is in force.
+func (o *Orchestrator) trust(ctx context.Context, g *guest, e cay.Egress) error {
+	bundle, err := o.bundle(e)
+	if err != nil || bundle == "" {
+		return err
+	}
+	o.mu.Lock()
+	addr := g.addr()
+	o.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, trustTimeout)
+	defer cancel()
+	if err := o.Guest.Trust(ctx, addr, bundle); err != nil {
+		return &cay.Error{Code: cay.CodeEnvdInit, Layer: cay.LayerEnvd,
+			Message: "the guest did not take the certificate that rules need, so its network stays as it was: " + err.Error(),
+			Fix:     "try again; if the sandbox is of an older version of Cay, create a new one", Err: err}
+	}
+	return nil
 }
 
 // confine gives a guest that has a slot another policy. The record goes first,

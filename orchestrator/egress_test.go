@@ -125,6 +125,8 @@ func (n *names) Detach(e cay.ExecutionID) error {
 	return nil
 }
 
+func (n *names) Bundle() (string, error) { return "the node's authority", nil }
+
 func (n *names) all() []egress.Guest {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -206,6 +208,50 @@ func TestEgressPolicy(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A guest trusts the node's authority if a rule needs that, and before the rule
+// is in force; no other guest does.
+func TestEgressTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, dir := newWorld(), t.TempDir()
+		o, n := openNamed(t, w, dir, 0)
+		defer o.Close()
+		authority, err := n.Bundle()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ruled := named
+		ruled.Rules = []cay.EgressRule{{Name: "example.com", Headers: map[string]string{"X": "y"}}}
+		for id, e := range map[cay.SandboxID]cay.Egress{"i1": named, "i2": ruled} {
+			c := config(string(id))
+			c.Egress = e
+			if _, err := o.Create(t.Context(), c); err != nil {
+				t.Fatal(err)
+			}
+			want := ""
+			if id == "i2" {
+				want = authority
+			}
+			if got := w.inits[len(w.inits)-1].CABundle; got != want {
+				t.Errorf("%s was told to trust %q, want %q", id, got, want)
+			}
+		}
+		if err := o.SetEgress(t.Context(), "i1", shut); err != nil || len(w.trusted) != 0 {
+			t.Errorf("without a rule a guest was told to trust %q (%v)", w.trusted, err)
+		}
+		w.setFail("trust", errors.New("no"))
+		if err := o.SetEgress(t.Context(), "i1", ruled); cay.CodeOf(err) != cay.CodeEnvdInit {
+			t.Errorf("a guest that does not take the authority: %v", err)
+		}
+		if got := w.policyOf(t, o, "i1"); !reflect.DeepEqual(got, shut) {
+			t.Errorf("after that the network has %+v", got)
+		}
+		w.setFail("trust", nil)
+		if err := o.SetEgress(t.Context(), "i1", ruled); err != nil || !slices.Equal(w.trusted, []string{authority}) {
+			t.Errorf("with a rule a guest was told to trust %q (%v)", w.trusted, err)
+		}
+	})
 }
 
 // What does not work changes nothing, and a policy that this node cannot

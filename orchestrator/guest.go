@@ -32,6 +32,8 @@ type Guest interface {
 	Identity(ctx context.Context, a GuestAddr) (GuestIdentity, error)
 	// Init gives the guest its configuration.
 	Init(ctx context.Context, a GuestAddr, c GuestConfig) error
+	// Trust has the guest's programs trust an authority, in PEM.
+	Trust(ctx context.Context, a GuestAddr, bundle string) error
 	// Sync makes the guest write back its file systems.
 	Sync(ctx context.Context, a GuestAddr) error
 }
@@ -64,6 +66,9 @@ type GuestConfig struct {
 	// that of another one.
 	Instance     string `json:"instance"`
 	ControlToken string `json:"controlToken"`
+	// CABundle is the authority that ends the guest's TLS where a rule changes
+	// its requests.
+	CABundle string `json:"caBundle,omitempty"`
 }
 
 // errNotListening tells that the guest's network is up and nothing listens yet.
@@ -134,6 +139,13 @@ func (g *httpGuest) Identity(ctx context.Context, a GuestAddr) (GuestIdentity, e
 // Init implements [Guest].
 func (g *httpGuest) Init(ctx context.Context, a GuestAddr, c GuestConfig) error {
 	return g.post(ctx, a, "/init", c)
+}
+
+// Trust implements [Guest].
+func (g *httpGuest) Trust(ctx context.Context, a GuestAddr, bundle string) error {
+	return g.post(ctx, a, "/trust", struct {
+		CABundle string `json:"caBundle"`
+	}{bundle})
 }
 
 // Sync implements [Guest].

@@ -334,6 +334,10 @@ func (o *Orchestrator) place(ctx context.Context, c cay.SandboxConfig) (*guest, 
 // assign makes a booted guest the sandbox c.
 func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig, m cay.Manifest) error {
 	began := o.now()
+	bundle, err := o.bundle(c.Egress)
+	if err != nil {
+		return err
+	}
 	o.mu.Lock()
 	if g.rec.Phase == booting || g.rec.Phase == pooled {
 		g.rec.Sandbox, g.rec.Team, g.rec.Template = c.ID, c.TeamID, c.Template
@@ -355,7 +359,7 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	// Should the server end before the guest has the new one: its sandbox was
 	// told to nobody then, and goes.
 	g.rec.ControlToken = newToken()
-	err := o.writeLocked(op, g.rec, "token")
+	err = o.writeLocked(op, g.rec, "token")
 	token := g.rec.ControlToken
 	o.mu.Unlock()
 	if err != nil {
@@ -363,7 +367,9 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	}
 	o.Fault.Pass(op, "init.before")
 	if err == nil {
-		err = o.Guest.Init(ctx, addr, guestConfig(g.rec.Execution, token, c, m, began))
+		config := guestConfig(g.rec.Execution, token, c, m, began)
+		config.CABundle = bundle
+		err = o.Guest.Init(ctx, addr, config)
 	}
 	o.Fault.Pass(op, "init.after")
 	o.step(g, "init", cay.LayerEnvd, began, err)

@@ -173,6 +173,8 @@ var HostPaths = []Exception{
 	{"envd/envd.go", "/run/cay", "in the guest: part of the contract with images"},
 	{"envd/envd.go", "/etc/cay/hooks/generation", "in the guest: part of the contract with images"},
 	{"envd/start.go", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "in the guest: Debian's PATH, when envd has none"},
+	{"envd/trust.go", "/etc/ssl/certs/ca-certificates.crt", "in the guest, where Debian has it"},
+	{"envd/trust.go", "/usr/local/share/ca-certificates/cay-egress.crt", "in the guest, where update-ca-certificates looks"},
 	{"internal/cli/exec.go", "/bin/bash", "in the guest: the contract says every image has it"},
 	{"internal/cli/trial.go", "/bin/bash", "in the guest: the contract says every image has it"},
 	{"internal/settings/settings.go", "/var/lib/cay", "the default of a setting"},
