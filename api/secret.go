@@ -156,12 +156,15 @@ func (s secretHandlers) DeleteSecret(ctx context.Context, r gen.DeleteSecretRequ
 	return gen.DeleteSecret204Response{}, nil
 }
 
-// SecretValue returns the present value of a team's secret, for the node that
-// puts it into a request. Nothing that a client can ask for returns it.
-func (s *Server) SecretValue(ctx context.Context, team cay.TeamID, name string) (cay.Secret, error) {
-	if s.Sealer == nil {
-		return "", errSecretsOff
-	}
+// Secrets returns the values of secrets, for the node that puts them into
+// requests. Nothing that a client can ask for returns one.
+type Secrets struct {
+	Store  store.Secrets
+	Sealer Sealer
+}
+
+// Value returns the present value of a team's secret.
+func (s Secrets) Value(ctx context.Context, team cay.TeamID, name string) (cay.Secret, error) {
 	n, v, err := s.Store.FindSecret(ctx, team, strings.ToLower(name))
 	if err != nil {
 		return "", noSecret(err, name)

@@ -16,6 +16,8 @@ import (
 	"github.com/cayhq/cay/store"
 )
 
+func (f *fixture) secrets() Secrets { return Secrets{f.store, f.s.Sealer} }
+
 func TestSecretLife(t *testing.T) {
 	f := newFixture(t)
 	const one, two = "canary-value-one", "canary-value-two"
@@ -30,7 +32,7 @@ func TestSecretLife(t *testing.T) {
 		t.Errorf("Cache-Control is %q", got)
 	}
 	value := func(name string) string {
-		v, err := f.s.SecretValue(t.Context(), f.team.ID, name)
+		v, err := f.secrets().Value(t.Context(), f.team.ID, name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -68,7 +70,7 @@ func TestSecretLife(t *testing.T) {
 	}
 
 	// Another team: the same name is another secret, and nothing of ours is there.
-	if _, err := f.s.SecretValue(t.Context(), f.other.ID, "openai-key"); cay.CodeOf(err) != cay.CodeNotFound {
+	if _, err := f.secrets().Value(t.Context(), f.other.ID, "openai-key"); cay.CodeOf(err) != cay.CodeNotFound {
 		t.Errorf("another team gets the value: %v", err)
 	}
 	foreign := []string{"X-API-Key", f.foreign}
@@ -84,7 +86,7 @@ func TestSecretLife(t *testing.T) {
 	f.want(204, f.request("DELETE", "/secrets/openai-key", ""))
 	f.want(404, f.request("DELETE", "/secrets/openai-key", ""))
 	f.want(404, f.request("GET", "/secrets/"+made.SecretID, ""))
-	if _, err := f.s.SecretValue(t.Context(), f.team.ID, "openai-key"); cay.CodeOf(err) != cay.CodeNotFound {
+	if _, err := f.secrets().Value(t.Context(), f.team.ID, "openai-key"); cay.CodeOf(err) != cay.CodeNotFound {
 		t.Errorf("after its end the value is there: %v", err)
 	}
 }
@@ -240,7 +242,7 @@ func TestSecretKeys(t *testing.T) {
 				t.Fatalf("%s is still under %s", name, v.Key)
 			}
 		}
-		if v, err := f.s.SecretValue(t.Context(), f.team.ID, name); err != nil || v.Reveal() != "value of "+name {
+		if v, err := f.secrets().Value(t.Context(), f.team.ID, name); err != nil || v.Reveal() != "value of "+name {
 			t.Errorf("%s under the new key: %q, %v", name, v.Reveal(), err)
 		}
 	}
@@ -252,7 +254,7 @@ func TestSecretKeys(t *testing.T) {
 	if err := f.store.AddSecret(t.Context(), moved, b); err != nil {
 		t.Fatal(err)
 	}
-	if v, err := f.s.SecretValue(t.Context(), f.other.ID, "b"); cay.CodeOf(err) != cay.CodeObjectCorrupt {
+	if v, err := f.secrets().Value(t.Context(), f.other.ID, "b"); cay.CodeOf(err) != cay.CodeObjectCorrupt {
 		t.Errorf("a value moved to another team opens there: %q, %v", v.Reveal(), err)
 	}
 }

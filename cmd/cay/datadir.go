@@ -29,6 +29,7 @@ func (d dataDir) path(elem ...string) string {
 func (d dataDir) pidFile() string         { return d.path("cay.pid") }
 func (d dataDir) lockFile() string        { return d.path("cay.lock") }
 func (d dataDir) credentialsFile() string { return d.path("credentials.json") }
+func (d dataDir) keysFile() string        { return d.path("secrets.keys") }
 func (d dataDir) serverFile() string      { return d.path("server.json") }
 
 // credentials are generated once for a data directory, in a file of mode 0600.

@@ -2,26 +2,22 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"io"
 	"log/slog"
 	"net/netip"
 	"os"
 	"strings"
 
-	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/egress"
+	"github.com/cayhq/cay/internal/settings"
 	"github.com/cayhq/cay/network"
 )
 
 // newNames makes the server that decides by name about connections of guests.
-func newNames(d dataDir, nets *network.Pool, log *slog.Logger) *egress.Server {
+// It knows no secrets until it is told where they are.
+func newNames(d dataDir, cfg settings.Settings, nets *network.Pool, log *slog.Logger) *egress.Server {
 	return &egress.Server{Refused: nets.Refused, Resolvers: hostResolvers("/etc/resolv.conf"), Dir: d.path("egress"),
-		Secret: func(context.Context, cay.TeamID, string) (cay.Secret, error) {
-			return "", &cay.Error{Code: cay.CodeNotImplemented, Layer: cay.LayerNetwork,
-				Message: "this server keeps no secrets", Fix: "write the value into the rule"}
-		},
-		Log: log.With("part", "egress")}
+		PermitProxy: cfg.ProxyRanges, Log: log.With("part", "egress")}
 }
 
 // hostResolvers returns the machine's own name servers, which may be private,

@@ -54,6 +54,11 @@ func run(args []string, in io.Reader, out, errw io.Writer) int {
 func newRootCmd(a *app) *cobra.Command {
 	root := a.client().Root()
 	root.AddCommand(newUpCmd(a), newDownCmd(a), newDoctorCmd(a), newTrustCmd(a), newSuperviseCmd(a))
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "secret" {
+			cmd.AddCommand(newRotateCmd(a))
+		}
+	}
 	cli.Finish(root)
 	return root
 }

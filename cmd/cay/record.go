@@ -115,7 +115,7 @@ func (r registry) Publish(ctx context.Context, m cay.Manifest) error {
 // newAPI puts the control plane of a server together.
 func newAPI(s *server) *api.Server {
 	return &api.Server{
-		Store: s.store, Node: s.host.orch, Snapshots: s.host.orch, Metrics: s.host.orch, Domain: s.publicDomain(),
+		Store: s.store, Node: s.host.orch, Snapshots: s.host.orch, Metrics: s.host.orch, Sealer: s.keys, Domain: s.publicDomain(),
 		Pepper: cay.Secret(s.creds.Pepper), Seed: cay.Secret(s.creds.Seed), AdminToken: cay.Secret(s.creds.AdminToken),
 		Log: s.log.With("part", "api"), Fault: killpoints(),
 	}

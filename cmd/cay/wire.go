@@ -26,6 +26,7 @@ import (
 	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/doctor"
 	"github.com/cayhq/cay/egress"
+	"github.com/cayhq/cay/internal/keyring"
 	"github.com/cayhq/cay/internal/settings"
 	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/orchestrator"
@@ -68,7 +69,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h.nets = &network.Pool{Tag: hostTag(d), NamespaceDir: "/run/netns", StateDir: "/run/cay", CIDR: cfg.SandboxCIDR,
 		Refuse: cfg.RefusedRanges, Limits: network.Limits{Connections: cfg.Connections, PerSecond: cfg.NewConnections, Mbit: cfg.Mbit},
 		Warm: 4, Log: log.With("part", "network")}
-	h.names = newNames(d, h.nets, log)
+	h.names = newNames(d, cfg, h.nets, log)
 	h.rt = gvisor.New(d.path("run", "gvisor"))
 	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
 	h.rt.Programs = d.path("engine")
@@ -190,6 +191,7 @@ type server struct {
 
 	host  *host
 	store *sqlite.Store
+	keys  *keyring.Ring // of secrets
 	api   *api.Server
 	proxy *proxy.Server
 
@@ -247,6 +249,11 @@ func (s *server) open(ctx context.Context) (err error) {
 	if s.store, err = openStore(ctx, s.dir); err != nil {
 		return err
 	}
+	// Adopted guests may need one at once.
+	if s.keys, err = keyring.Open(s.dir.keysFile(), time.Now); err != nil {
+		return err
+	}
+	s.host.names.Secret = api.Secrets{Store: s.store, Sealer: s.keys}.Value
 	if err := s.host.open(ctx); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,13 +40,16 @@ var fakeNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 // fakeServer is an API, an operator API and a proxy with envd behind it. It
 // checks credentials and headers; processes of sandboxes are the machine's.
 type fakeServer struct {
-	mu     sync.Mutex
-	alive  []string
-	keys   []api.TeamAPIKey
-	logs   []api.SandboxLogEntry
-	killed []string
-	files  map[string][]byte
-	envd   *fakeEnvd
+	mu    sync.Mutex
+	alive []string
+	keys  []api.TeamAPIKey
+	// Secrets, oldest first, and how many there ever were.
+	secrets    []api.Secret
+	secretsAdd int
+	logs       []api.SandboxLogEntry
+	killed     []string
+	files      map[string][]byte
+	envd       *fakeEnvd
 	// What the guarded sandbox may reach.
 	network  *api.SandboxNetworkConfig
 	internet *bool
@@ -195,6 +199,7 @@ func (f *fakeServer) apiHandler() http.Handler {
 		}
 		reply(w, 200, api.SandboxLogsV2Response{Logs: out[:min(limit, len(out))]})
 	}))
+	f.secretRoutes(m, forTeam)
 	m.HandleFunc("GET /api-keys", forTeam(func(w http.ResponseWriter, _ *http.Request) { reply(w, 200, f.keys) }))
 	m.HandleFunc("POST /api-keys", forTeam(func(w http.ResponseWriter, r *http.Request) {
 		var in api.NewTeamAPIKey
@@ -490,4 +495,67 @@ func handlerTransport(answer func(*httptest.ResponseRecorder)) http.RoundTripper
 		resp.Request = r
 		return resp, nil
 	})
+}
+
+// secretRoutes are those of secrets, whose values the fake forgets after it has
+// looked at them.
+func (f *fakeServer) secretRoutes(m *http.ServeMux, forTeam func(http.HandlerFunc) http.HandlerFunc) {
+	find := func(ref string) int {
+		return slices.IndexFunc(f.secrets, func(s api.Secret) bool { return s.Name == ref || s.SecretID == ref })
+	}
+	absent := func(w http.ResponseWriter, ref string) {
+		refuse(w, 404, "not_found", "api", fmt.Sprintf("the team has no secret %q", ref), "see `cay secret list`")
+	}
+	m.HandleFunc("GET /secrets", forTeam(func(w http.ResponseWriter, r *http.Request) {
+		// Pages of one, so that reading them all is seen.
+		at := len(f.secrets) - 1
+		if t := r.URL.Query().Get("nextToken"); t != "" {
+			_, _ = fmt.Sscan(t, &at)
+		}
+		page := []api.Secret{}
+		if at >= 0 {
+			page = append(page, f.secrets[at])
+		}
+		if at > 0 {
+			w.Header().Set("X-Next-Token", fmt.Sprint(at-1))
+		}
+		reply(w, 200, page)
+	}))
+	m.HandleFunc("POST /secrets", forTeam(func(w http.ResponseWriter, r *http.Request) {
+		var in api.NewSecret
+		_ = json.NewDecoder(r.Body).Decode(&in)
+		switch {
+		case in.Value != "canary":
+			refuse(w, 400, "invalid_request", "api", fmt.Sprintf("the value is %q", in.Value), "send another")
+		case find(in.Name) >= 0:
+			refuse(w, 409, "conflict", "api", fmt.Sprintf("the team has a secret %q already", in.Name), "update it, or choose another name")
+		default:
+			f.secretsAdd++
+			at := fakeNow.Add(-time.Hour)
+			s := api.Secret{SecretID: fmt.Sprintf("sec_%d", f.secretsAdd), Name: in.Name, CurrentVersion: 1, CreatedAt: at, UpdatedAt: at, Metadata: api.SecretMetadata{}}
+			if in.Metadata != nil {
+				s.Metadata = *in.Metadata
+			}
+			f.secrets = append(f.secrets, s)
+			reply(w, 201, s)
+		}
+	}))
+	m.HandleFunc("POST /secrets/{id}", forTeam(func(w http.ResponseWriter, r *http.Request) {
+		i := find(r.PathValue("id"))
+		if i < 0 {
+			absent(w, r.PathValue("id"))
+			return
+		}
+		f.secrets[i].CurrentVersion++
+		reply(w, 200, f.secrets[i])
+	}))
+	m.HandleFunc("DELETE /secrets/{id}", forTeam(func(w http.ResponseWriter, r *http.Request) {
+		i := find(r.PathValue("id"))
+		if i < 0 {
+			absent(w, r.PathValue("id"))
+			return
+		}
+		f.secrets = slices.Delete(f.secrets, i, i+1)
+		w.WriteHeader(204)
+	}))
 }

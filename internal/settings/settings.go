@@ -44,6 +44,7 @@ type Settings struct {
 	MaxSandboxes  int
 	// What no sandbox reaches, and what each may have, beside its own policy.
 	RefusedRanges  []netip.Prefix
+	ProxyRanges    []netip.Prefix // where sandboxes' own proxies may be, special or not
 	Connections    int
 	NewConnections int // a second
 	Mbit           int // a second, in and out; 0: no bound
@@ -111,6 +112,9 @@ var Table = []Setting{
 	{Name: "refused-ranges", Env: env("refused-ranges"), Default: "", Doc: "further addresses and ranges that no sandbox reaches, whatever its policy; comma-separated",
 		set: func(s *Settings, v string) (err error) { s.RefusedRanges, err = ranges(v); return err },
 		get: func(s *Settings) string { return listed(s.RefusedRanges) }},
+	{Name: "proxy-ranges", Env: env("proxy-ranges"), Default: "", Doc: "private or special addresses and ranges at which a sandbox's egress proxy may be all the same; comma-separated",
+		set: func(s *Settings, v string) (err error) { s.ProxyRanges, err = ranges(v); return err },
+		get: func(s *Settings) string { return listed(s.ProxyRanges) }},
 	number("sandbox-connections", 8192, 1, 1<<20, "connections that a sandbox has open outwards at most", func(s *Settings) *int { return &s.Connections }),
 	number("sandbox-connections-per-second", 1000, 1, 1<<20, "new connections that a sandbox opens a second, after a burst of twice as many", func(s *Settings) *int { return &s.NewConnections }),
 	number("sandbox-mbit", 0, 0, 1_000_000, "Mbit/s into a sandbox, and out of it, what the proxy carries included; 0 is no bound", func(s *Settings) *int { return &s.Mbit }),
