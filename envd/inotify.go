@@ -1,12 +1,9 @@
 package envd
 
 import (
-	"bytes"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -53,34 +50,20 @@ type watcher struct {
 	room  chan struct{} // a token when something was taken
 	done  chan struct{} // closed by close
 
-	mu     sync.Mutex
-	file   *os.File // nil before start and after close
-	conn   syscall.RawConn
-	dirs   map[int32]string // watched directories by their path below the root, "" itself
+	mu   sync.Mutex
+	file *os.File // nil before start and after close
+	conn syscall.RawConn
+	tree
+	queue  pending // from the kernel
 	events []change
-	cost   int
+	cost   int   // of events
 	err    error // why no more events come
 	ended  bool
-
-	// fresh are names that a scan of a new directory has reported already,
-	// and whether they are watched; the kernel may report them too. Forgotten
-	// when the queue is empty.
-	fresh map[string]bool
-	// leaving are directories whose name was moved away, by the cookie of the
-	// move. If its other half does not show up, they have left the tree.
-	leaving map[int32]departure
-	hidden  uint32 // cookie of an upload that takes the place of a file
-}
-
-type departure struct {
-	cookie uint32
-	name   string // of the directory that was moved
 }
 
 func newWatcher(s *Server, u *user, path string) *watcher {
 	return &watcher{s: s, u: u, path: path,
-		ready: make(chan struct{}, 1), room: make(chan struct{}, 1), done: make(chan struct{}),
-		dirs: map[int32]string{}, fresh: map[string]bool{}, leaving: map[int32]departure{}}
+		ready: make(chan struct{}, 1), room: make(chan struct{}, 1), done: make(chan struct{}), tree: newTree()}
 }
 
 // start opens the watch. When it returns, nothing that happens is missed.
@@ -123,7 +106,7 @@ func (w *watcher) start() error {
 		return errEnded
 	}
 	w.file, w.conn = f, conn
-	if w.enter(fd, root, "", scanQuiet); w.err != nil {
+	if w.begin(fd, root); w.err != nil {
 		return w.err
 	}
 	w.live.Store(true)
@@ -163,8 +146,8 @@ func (w *watcher) close() {
 	if !w.ended {
 		w.ended = true
 		close(w.done)
-		w.s.watchers.held.Add(-int64(w.cost))
-		w.events, w.cost = nil, 0
+		w.s.watchers.held.Add(-int64(w.cost + w.queue.cost))
+		w.events, w.cost, w.queue = nil, 0, pending{}
 	}
 	w.fail(errEnded)
 	w.mu.Unlock()
@@ -273,150 +256,118 @@ func (w *watcher) emit(name string, kind pb.EventType) {
 	w.wake()
 }
 
-// drain reads the kernel's queue until it is empty, which it reports, or until
-// too much waits for the client. w.mu is held.
+// drain judges what the kernel's queue has until that is empty, which it
+// reports, or until too much waits for the client. w.mu is held.
 func (w *watcher) drain(fd int) (empty bool) {
 	if w.file == nil {
 		return true
 	}
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
 	for w.err == nil {
 		if w.cost > maxHeld || w.cost > 0 && w.s.watchers.held.Load() > maxHeldAll {
 			return false
 		}
+		if w.queue.empty() && !w.pull(fd) && !w.lookAgain(fd) {
+			return true
+		}
+		for !w.queue.empty() && w.err == nil && w.cost <= maxHeld {
+			r := w.queue.pop()
+			w.s.watchers.held.Add(-int64(r.cost()))
+			w.event(fd, r)
+		}
+	}
+	return true
+}
+
+// pull moves what the kernel has, a buffer of it, to the queue, and reports
+// whether there was anything.
+func (w *watcher) pull(fd int) bool {
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	for {
 		n, err := unix.Read(fd, *buf)
 		switch {
 		case err == unix.EINTR:
 			continue
 		case err == unix.EAGAIN:
-			clear(w.fresh)
-			w.flush(fd)
-			return true
+			return false
+		case err == nil && n == 0:
+			err = io.ErrUnexpectedEOF
+			fallthrough
 		case err != nil:
 			w.fail(fmt.Errorf("reading the events of %s: %w", w.path, err))
-			return true
-		case n == 0:
-			w.fail(fmt.Errorf("reading the events of %s: %w", w.path, io.ErrUnexpectedEOF))
-			return true
+			return false
 		}
-		w.parse(fd, (*buf)[:n])
+		before := w.queue.cost
+		parse((*buf)[:n], w.queue.push)
+		w.s.watchers.held.Add(int64(w.queue.cost - before))
+		return true
 	}
-	return true
 }
 
-// parse splits what was read (inotify(7)) into events.
-func (w *watcher) parse(fd int, b []byte) {
-	for len(b) >= unix.SizeofInotifyEvent {
-		wd := int32(binary.NativeEndian.Uint32(b))
-		mask := binary.NativeEndian.Uint32(b[4:])
-		cookie := binary.NativeEndian.Uint32(b[8:])
-		size := int(binary.NativeEndian.Uint32(b[12:]))
-		b = b[unix.SizeofInotifyEvent:]
-		if size < 0 || size > len(b) {
-			return
+// pullAll moves all that the kernel has to the queue. It is for scans, which
+// must know what has happened until then.
+func (w *watcher) pullAll(fd int) {
+	for w.err == nil && w.pull(fd) {
+		if w.queue.cost > maxHeld || w.s.watchers.held.Load() > 2*maxHeldAll {
+			w.lost()
 		}
-		name, _, _ := bytes.Cut(b[:size], []byte{0})
-		b = b[size:]
-		w.event(fd, wd, mask, cookie, string(name))
 	}
 }
 
 // event turns one event of the kernel into those of the contract.
-func (w *watcher) event(fd int, wd int32, mask, cookie uint32, base string) {
-	if mask&unix.IN_Q_OVERFLOW != 0 {
+func (w *watcher) event(fd int, r raw) {
+	if r.has(unix.IN_Q_OVERFLOW) {
 		w.lost()
 		return
 	}
-	dir, ok := w.dirs[wd]
+	dir, ok := w.dirs[r.wd]
 	if !ok {
 		return
 	}
-	if mask&unix.IN_IGNORED != 0 {
-		delete(w.dirs, wd)
-		delete(w.leaving, wd)
+	if r.has(unix.IN_IGNORED) {
+		w.forget(dir)
 		return
 	}
-	has := func(bits uint32) bool { return mask&bits != 0 }
-	if base == "" {
+	if r.name == "" {
 		// About the directory itself. Below the root, its parent says the same.
-		if dir != "" {
+		if dir.parent != nil {
 			return
 		}
-		if has(unix.IN_ATTRIB) {
+		if r.has(unix.IN_ATTRIB) {
 			w.emit(".", pb.EventType_EVENT_TYPE_CHMOD)
 		}
-		if has(unix.IN_DELETE_SELF) {
+		if r.has(unix.IN_DELETE_SELF) {
 			w.emit(".", pb.EventType_EVENT_TYPE_REMOVE)
 		}
-		if has(unix.IN_MOVE_SELF) {
+		if r.has(unix.IN_MOVE_SELF) {
 			w.emit(".", pb.EventType_EVENT_TYPE_RENAME)
 		}
 		return
 	}
-	if k := tempKind(base); k != 0 {
-		if k == tempReplaces && has(unix.IN_MOVED_FROM) {
-			w.hidden = cookie // the write that follows is the event
+	if tempKind(r.name) != 0 {
+		return // the write that follows is the event
+	}
+	name := dir.below(r.name)
+	follow := w.recursive && r.has(unix.IN_ISDIR)
+	if r.has(unix.IN_CREATE|unix.IN_MOVED_TO) && !r.replaces {
+		w.emit(name, pb.EventType_EVENT_TYPE_CREATE)
+		if follow {
+			w.appeared(fd, dir, r)
 		}
-		return
 	}
-	name := base
-	if dir != "" {
-		name = dir + "/" + base
-	}
-	follow := w.recursive && has(unix.IN_ISDIR)
-	if has(unix.IN_CREATE | unix.IN_MOVED_TO) {
-		w.appeared(fd, name, cookie, has(unix.IN_MOVED_TO), follow)
-	}
-	if has(unix.IN_MODIFY) {
+	if r.has(unix.IN_MODIFY) {
 		w.emit(name, pb.EventType_EVENT_TYPE_WRITE)
 	}
-	if has(unix.IN_ATTRIB) {
+	if r.has(unix.IN_ATTRIB) {
 		w.emit(name, pb.EventType_EVENT_TYPE_CHMOD)
 	}
-	if has(unix.IN_DELETE) {
-		delete(w.fresh, name)
+	if r.has(unix.IN_DELETE) {
 		w.emit(name, pb.EventType_EVENT_TYPE_REMOVE)
 	}
-	if has(unix.IN_MOVED_FROM) {
-		delete(w.fresh, name)
+	if r.has(unix.IN_MOVED_FROM) {
 		w.emit(name, pb.EventType_EVENT_TYPE_RENAME)
-		if follow {
-			for wd, d := range w.dirs {
-				if d == name || strings.HasPrefix(d, name+"/") {
-					w.leaving[wd] = departure{cookie, name}
-				}
-			}
-		}
 	}
-}
-
-// appeared handles a name that is new in a watched directory.
-func (w *watcher) appeared(fd int, name string, cookie uint32, moved, follow bool) {
-	entered, seen := w.fresh[name]
-	switch {
-	case moved && cookie != 0 && cookie == w.hidden:
-		w.hidden = 0
-	case seen:
-		delete(w.fresh, name)
-	default:
-		w.emit(name, pb.EventType_EVENT_TYPE_CREATE)
+	if follow && r.has(unix.IN_DELETE|unix.IN_MOVED_FROM) {
+		w.vanished(fd, dir, r)
 	}
-	if !follow || entered {
-		return
-	}
-	if moved {
-		within := false
-		for wd, m := range w.leaving {
-			if m.cookie == cookie {
-				w.dirs[wd] = name + strings.TrimPrefix(w.dirs[wd], m.name)
-				delete(w.leaving, wd)
-				within = true
-			}
-		}
-		if within {
-			return
-		}
-	}
-	w.follow(fd, name, moved)
 }

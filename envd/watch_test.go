@@ -326,7 +326,7 @@ func TestWatchOverflow(t *testing.T) {
 	w.sync()
 	w.mu.Lock()
 	last := w.events[len(w.events)-1]
-	w.event(0, -1, unix.IN_Q_OVERFLOW, 0, "")
+	w.event(0, raw{wd: -1, mask: unix.IN_Q_OVERFLOW})
 	w.mu.Unlock()
 	if last.name != long {
 		t.Error("the kernel's queue was read although the watcher is full")
