@@ -295,9 +295,11 @@ func dialAgain(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	if to.Port() == envdPort {
 		retries = envdRetries
 	}
-	d := net.Dialer{Timeout: dialTimeout}
+	// A guest is on this machine and says goodbye, or is cut off: there is
+	// nothing to keep alive, and each setting of a socket is a system call.
+	d := net.Dialer{Timeout: dialTimeout, KeepAlive: -1}
 	for {
-		conn, err := d.DialContext(ctx, "tcp", to.String())
+		conn, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, to)
 		if err == nil {
 			return conn, nil
 		}
