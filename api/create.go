@@ -99,6 +99,7 @@ func (s sandboxHandlers) create(ctx context.Context, n gen.NewSandbox, secure bo
 	if err != nil {
 		return gen.Sandbox{}, err
 	}
+	n.Network, n.AllowInternetAccess = src.egress.under(n.Network, n.AllowInternetAccess)
 	rec := store.Sandbox{ID: cay.NewSandboxID(), Team: team.ID, Template: src.template, Alias: src.alias, Build: src.build,
 		Resources: src.resources, EnvdVersion: src.envd, Secure: secure, AllowInternet: n.AllowInternetAccess,
 		Origin: src.snapshot, Parent: src.sandbox}
@@ -136,6 +137,7 @@ type source struct {
 	envd      string
 	snapshot  cay.SnapshotID // empty: the build alone
 	sandbox   cay.SandboxID  // whose snapshot it is
+	egress    egressWish     // that sandbox's
 }
 
 // source resolves a reference: templates before snapshots.
@@ -150,8 +152,12 @@ func (s sandboxHandlers) source(ctx context.Context, team cay.Team, ref store.Te
 	n, err := s.Store.FindSnapshot(ctx, team.ID, ref)
 	switch cay.CodeOf(err) {
 	case "":
-		return source{template: n.Template, alias: n.Alias, build: n.Build, resources: n.Resources, envd: n.EnvdVersion,
-			snapshot: n.ID, sandbox: n.Sandbox}, nil
+		src := source{template: n.Template, alias: n.Alias, build: n.Build, resources: n.Resources, envd: n.EnvdVersion,
+			snapshot: n.ID, sandbox: n.Sandbox}
+		if len(n.Options) > 0 {
+			err = json.Unmarshal(n.Options, &src.egress)
+		}
+		return src, err
 	case cay.CodeNotFound:
 		return source{}, errNoTemplate(text)
 	}

@@ -8,8 +8,42 @@ import (
 	"slices"
 
 	"github.com/cayhq/cay"
+	gen "github.com/cayhq/cay/internal/gen/api"
 	"github.com/cayhq/cay/store"
 )
+
+// egressWish is what a creator said about where a sandbox may go.
+type egressWish struct {
+	AllowInternet *bool                               `json:"allowInternet,omitempty"`
+	AllowOut      []string                            `json:"allowOut,omitempty"`
+	DenyOut       []string                            `json:"denyOut,omitempty"`
+	Proxy         *gen.SandboxEgressProxyConfig       `json:"egressProxy,omitempty"`
+	Rules         map[string][]gen.SandboxNetworkRule `json:"rules,omitempty"`
+}
+
+// egressOf is the wish of a sandbox on record.
+func (s *Server) egressOf(rec store.Sandbox) egressWish {
+	w := egressWish{AllowInternet: rec.AllowInternet}
+	if n := s.options(rec).Network; n != nil {
+		w.AllowOut, w.DenyOut, w.Proxy, w.Rules = n.AllowOut, n.DenyOut, n.EgressProxy, n.Rules
+	}
+	return w
+}
+
+// under returns what a creator said and, if that is nothing of where the sandbox
+// may go, what was said for the one it is made from.
+func (w egressWish) under(n *gen.SandboxNetworkConfig, internet *bool) (*gen.SandboxNetworkConfig, *bool) {
+	said := internet != nil || n != nil && (len(n.AllowOut)+len(n.DenyOut)+len(n.Rules) > 0 || n.EgressProxy != nil)
+	if said || w.AllowInternet == nil && len(w.AllowOut)+len(w.DenyOut)+len(w.Rules) == 0 && w.Proxy == nil {
+		return n, internet
+	}
+	var out gen.SandboxNetworkConfig
+	if n != nil {
+		out = *n
+	}
+	out.AllowOut, out.DenyOut, out.EgressProxy, out.Rules = w.AllowOut, w.DenyOut, w.Proxy, w.Rules
+	return &out, w.AllowInternet
+}
 
 // setEgress changes what a running sandbox may reach: on the node first, so that
 // what is on record is in force, then on record, with keep.

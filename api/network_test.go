@@ -262,6 +262,37 @@ func TestEgressInherited(t *testing.T) {
 	}
 }
 
+// A sandbox made from a snapshot has the policy that the sandbox had then,
+// unless its creator says another.
+func TestEgressFromSnapshot(t *testing.T) {
+	f := newFixture(t)
+	id := f.create(`{"templateID":"base","allow_internet_access":false,"network":{"allowOut":["8.8.8.8"],` +
+		`"egressProxy":{"address":"a.b:1","username":"u","password":"hunter2"}}}`)
+	var snap gen.SnapshotInfo
+	f.want(201, f.request("POST", "/sandboxes/"+string(id)+"/snapshots", `{}`)).decode(t, &snap)
+	f.want(204, f.request("PUT", "/sandboxes/"+string(id)+"/network", `{}`))
+	from := func(more string) cay.Egress {
+		t.Helper()
+		made := f.create(`{"templateID":"` + snap.SnapshotID + `"` + more + `}`)
+		cfg, err := f.s.config(f.record(made))
+		if got := f.node.configs[made].Egress; err != nil || !reflect.DeepEqual(got, cfg.Egress) {
+			t.Errorf("the node has %+v, a resume would have %+v, %v", got, cfg.Egress, err)
+		}
+		return cfg.Egress
+	}
+	want := cay.Egress{Deny: all4, Allow: prefixes("8.8.8.8/32"), Proxy: &cay.EgressProxy{Address: "a.b:1", Username: "u", Password: "hunter2"}}
+	for more, e := range map[string]cay.Egress{
+		"": want, `,"network":{}`: want, `,"network":{"maskRequestHost":"localhost"}`: want,
+		`,"allow_internet_access":true`:      {},
+		`,"network":{"denyOut":["9.9.9.9"]}`: {Deny: prefixes("9.9.9.9/32")},
+		`,"allow_internet_access":false`:     {Deny: all4},
+	} {
+		if got := from(more); !reflect.DeepEqual(got, e) {
+			t.Errorf("with %q: %+v, want %+v", more, got, e)
+		}
+	}
+}
+
 // What is on record is made so on the node, once the server runs again.
 func TestEgressSettled(t *testing.T) {
 	f := newFixture(t)

@@ -176,6 +176,10 @@ func (s sandboxHandlers) CreateSnapshot(ctx context.Context, r gen.CreateSnapsho
 			snap.EnvdVersion = m.EnvdVersion
 		}
 		snap.CreatedAt = s.life.now()
+		var err error
+		if snap.Options, err = json.Marshal(s.egressOf(rec)); err != nil {
+			return err
+		}
 		return s.Store.AddSnapshot(ctx, snap)
 	})
 	switch cay.CodeOf(err) {

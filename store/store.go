@@ -297,6 +297,8 @@ type Snapshot struct {
 	EnvdVersion string
 	Memory      bool // it has the memory
 	CreatedAt   time.Time
+	// Options is what sandboxes made from it take along, opaque to the store.
+	Options []byte
 }
 
 // SnapshotFilter selects snapshots.

@@ -14,7 +14,7 @@ import (
 func snapshot(r gen.Snapshot) store.Snapshot {
 	return store.Snapshot{ID: cay.SnapshotID(r.ID), Team: cay.TeamID(r.TeamID), Sandbox: cay.SandboxID(r.SandboxID),
 		Template: cay.TemplateID(r.TemplateID), Alias: r.Alias, Build: cay.BuildID(r.BuildID), Name: r.Name, Tag: r.Tag,
-		Resources: resources(r.Cpus, r.MemoryMb, r.DiskMb), EnvdVersion: r.EnvdVersion, Memory: r.Memory, CreatedAt: instant(r.CreatedAt)}
+		Resources: resources(r.Cpus, r.MemoryMb, r.DiskMb), EnvdVersion: r.EnvdVersion, Memory: r.Memory, CreatedAt: instant(r.CreatedAt), Options: r.Options}
 }
 
 func noSnapshot(name string) error {
@@ -26,6 +26,10 @@ func noSnapshot(name string) error {
 func (s *Store) AddSnapshot(ctx context.Context, n store.Snapshot) error {
 	if (n.Name == "") != (n.Tag == "") {
 		return internal("snapshot " + string(n.ID) + " would be recorded with a name or a tag alone")
+	}
+	options := n.Options
+	if len(options) == 0 {
+		options = nil
 	}
 	return s.write(ctx, "record the snapshot", flushed, func(ctx context.Context, q *gen.Queries) error {
 		if n.Name != "" {
@@ -44,7 +48,7 @@ func (s *Store) AddSnapshot(ctx context.Context, n store.Snapshot) error {
 		err := q.AddSnapshot(ctx, gen.AddSnapshotParams{ID: string(n.ID), TeamID: string(n.Team), SandboxID: string(n.Sandbox),
 			TemplateID: string(n.Template), Alias: n.Alias, BuildID: string(n.Build), Name: n.Name, Tag: n.Tag,
 			Cpus: int64(n.Resources.CPUs), MemoryMb: int64(n.Resources.MemoryMB), DiskMb: int64(n.Resources.DiskMB),
-			EnvdVersion: n.EnvdVersion, Memory: n.Memory, CreatedAt: micros(n.CreatedAt)})
+			EnvdVersion: n.EnvdVersion, Memory: n.Memory, CreatedAt: micros(n.CreatedAt), Options: options})
 		if err != nil {
 			return err
 		}

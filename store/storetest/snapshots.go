@@ -49,7 +49,7 @@ func snapshotRoundTrip(f fixture) {
 	ctx := f.Context()
 	f.base(2)
 	s := named(newSnapshot(1, 0), "mine", "v1")
-	s.CreatedAt = noon
+	s.CreatedAt, s.Options = noon, []byte(`{"x":1}`)
 	f.keep(s)
 	s.CreatedAt = kept
 	bare := newSnapshot(2, 0)

@@ -85,6 +85,7 @@ type Snapshot struct {
 	EnvdVersion string
 	Memory      bool
 	CreatedAt   int64
+	Options     []byte
 }
 
 type Tag struct {

@@ -12,10 +12,10 @@ import (
 const addSnapshot = `-- name: AddSnapshot :exec
 INSERT INTO snapshots (
     id, team_id, sandbox_id, template_id, alias, build_id, name, tag,
-    cpus, memory_mb, disk_mb, envd_version, memory, created_at
+    cpus, memory_mb, disk_mb, envd_version, memory, created_at, options
 ) VALUES (
     ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8,
-    ?9, ?10, ?11, ?12, ?13, ?14
+    ?9, ?10, ?11, ?12, ?13, ?14, ?15
 )
 `
 
@@ -34,6 +34,7 @@ type AddSnapshotParams struct {
 	EnvdVersion string
 	Memory      bool
 	CreatedAt   int64
+	Options     []byte
 }
 
 func (q *Queries) AddSnapshot(ctx context.Context, arg AddSnapshotParams) error {
@@ -52,6 +53,7 @@ func (q *Queries) AddSnapshot(ctx context.Context, arg AddSnapshotParams) error 
 		arg.EnvdVersion,
 		arg.Memory,
 		arg.CreatedAt,
+		arg.Options,
 	)
 	return err
 }
@@ -74,7 +76,7 @@ func (q *Queries) DeleteSnapshot(ctx context.Context, arg DeleteSnapshotParams) 
 }
 
 const findSnapshot = `-- name: FindSnapshot :one
-SELECT s.id, s.team_id, s.sandbox_id, s.template_id, s.alias, s.build_id, s.name, s.tag, s.cpus, s.memory_mb, s.disk_mb, s.envd_version, s.memory, s.created_at, s.id = ?1 AS by_id
+SELECT s.id, s.team_id, s.sandbox_id, s.template_id, s.alias, s.build_id, s.name, s.tag, s.cpus, s.memory_mb, s.disk_mb, s.envd_version, s.memory, s.created_at, s.options, s.id = ?1 AS by_id
 FROM snapshots s JOIN teams o ON o.id = s.team_id
 WHERE s.team_id = ?2
   AND (CAST(?3 AS TEXT) = '' OR o.slug = ?3)
@@ -119,6 +121,7 @@ func (q *Queries) FindSnapshot(ctx context.Context, arg FindSnapshotParams) (Fin
 		&i.Snapshot.EnvdVersion,
 		&i.Snapshot.Memory,
 		&i.Snapshot.CreatedAt,
+		&i.Snapshot.Options,
 		&i.ByID,
 	)
 	return i, err
@@ -141,7 +144,7 @@ func (q *Queries) HasBuild(ctx context.Context, arg HasBuildParams) (bool, error
 }
 
 const listSnapshots = `-- name: ListSnapshots :many
-SELECT id, team_id, sandbox_id, template_id, alias, build_id, name, tag, cpus, memory_mb, disk_mb, envd_version, memory, created_at FROM snapshots
+SELECT id, team_id, sandbox_id, template_id, alias, build_id, name, tag, cpus, memory_mb, disk_mb, envd_version, memory, created_at, options FROM snapshots
 WHERE (CAST(?1 AS TEXT) = '' OR team_id = ?1)
   AND (CAST(?2 AS TEXT) = '' OR sandbox_id = ?2)
   AND (CAST(?3 AS TEXT) = '' OR name = ?3)
@@ -193,6 +196,7 @@ func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([
 			&i.EnvdVersion,
 			&i.Memory,
 			&i.CreatedAt,
+			&i.Options,
 		); err != nil {
 			return nil, err
 		}

@@ -12,10 +12,10 @@ WHERE team_id = @team_id AND name = @name AND tag = @tag AND name <> '';
 -- name: AddSnapshot :exec
 INSERT INTO snapshots (
     id, team_id, sandbox_id, template_id, alias, build_id, name, tag,
-    cpus, memory_mb, disk_mb, envd_version, memory, created_at
+    cpus, memory_mb, disk_mb, envd_version, memory, created_at, options
 ) VALUES (
     @id, @team_id, @sandbox_id, @template_id, @alias, @build_id, @name, @tag,
-    @cpus, @memory_mb, @disk_mb, @envd_version, @memory, @created_at
+    @cpus, @memory_mb, @disk_mb, @envd_version, @memory, @created_at, @options
 );
 
 -- name: FindSnapshot :one
