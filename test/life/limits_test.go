@@ -115,8 +115,11 @@ blocks = []
 while True:
     blocks.append(b"x" * (16 << 20))
 '; echo "exit $?"`)
-	// The kernel ends the host process that holds the program's memory. Which
-	// signal the guest makes of that depends on where the program was caught.
+	// The host's kernel ends the process of the engine that has the program's
+	// memory in it. The engine notices when it lets the program run again, and
+	// ends it by SIGKILL, or when it maps the next page for it: then it is a
+	// fault like any other that cannot be handled (kernel.runApp.execute of
+	// gVisor, platform/systrap), and a SIGSEGV. Both are final.
 	killed := r.Stdout == "exit 137\n" && strings.Contains(r.Stderr, "Killed")
 	faulted := r.Stdout == "exit 139\n" && strings.Contains(r.Stderr, "Segmentation fault")
 	if err != nil || !killed && !faulted {
