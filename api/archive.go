@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -79,6 +80,8 @@ func (s operatorHandlers) ImportSnapshot(ctx context.Context, r operator.ImportS
 		return err
 	})
 	if err != nil {
+		// The answer reaches only who has sent everything.
+		_, _ = io.Copy(io.Discard, r.Body)
 		return nil, err
 	}
 	m.Team = team.ID

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -58,51 +59,28 @@ func (c *CLI) keyCreateCmd() *cobra.Command {
 }
 
 func (c *CLI) keyListCmd() *cobra.Command {
-	var out *format
-	var quiet bool
-	cmd := &cobra.Command{
+	return listing[api.TeamAPIKey]{
+		fetch: func(ctx context.Context, client *Client) ([]api.TeamAPIKey, error) {
+			r, err := client.api.ListAPIKeysWithResponse(ctx, client.forTeam)
+			if err != nil {
+				return nil, client.unreachable(err)
+			}
+			return body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
+		},
+		none:   "There are no API keys; `cay key create` makes one.",
+		header: "KEY ID\tNAME\tKEY\tMADE\tLAST USED",
+		row: func(k api.TeamAPIKey) []string {
+			used := "never"
+			if k.LastUsed != nil {
+				used = ago(c.now().Sub(*k.LastUsed)) + " ago"
+			}
+			return []string{k.Id, k.Name, masked(k.Mask), ago(c.now().Sub(k.CreatedAt)) + " ago", used}
+		},
+	}.command(c, &cobra.Command{
 		Use:     "list",
-		Aliases: []string{"ls"},
 		Short:   "List API keys",
 		Example: "  cay key list\n  cay key list -o json",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			r, err := client.api.ListAPIKeysWithResponse(cmd.Context(), client.forTeam)
-			if err != nil {
-				return client.unreachable(err)
-			}
-			keys, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-			if err != nil {
-				return err
-			}
-			if *out == asJSON {
-				return WriteJSON(c.Out, keys)
-			}
-			var rows [][]string
-			for _, k := range keys {
-				if quiet {
-					fmt.Fprintln(c.Out, k.Id)
-					continue
-				}
-				used := "never"
-				if k.LastUsed != nil {
-					used = ago(c.now().Sub(*k.LastUsed)) + " ago"
-				}
-				rows = append(rows, []string{k.Id, k.Name, masked(k.Mask), ago(c.now().Sub(k.CreatedAt)) + " ago", used})
-			}
-			if quiet {
-				return nil
-			}
-			return writeTable(c.Out, "KEY ID\tNAME\tKEY\tMADE\tLAST USED", rows)
-		},
-	}
-	out = addOutput(cmd)
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
-	return cmd
+	})
 }
 
 func masked(m api.IdentifierMaskingDetails) string {

@@ -16,38 +16,16 @@ import (
 	"github.com/cayhq/cay/internal/gen/operator"
 )
 
-// perSandbox makes a command that does one thing with each sandbox named, and
-// prints the ID of each with which it was done.
-func (c *CLI) perSandbox(cmd *cobra.Command, do func(context.Context, *Client, string) error) *cobra.Command {
-	cmd.Args = cobra.MinimumNArgs(1)
-	cmd.ValidArgsFunction = c.sandboxIDs
-	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
-		client, err := c.connect(cmd)
-		if err != nil {
-			return err
-		}
-		var errs []error
-		for _, id := range ids {
-			if err := do(cmd.Context(), client, id); err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			fmt.Fprintln(c.Out, id)
-		}
-		return errors.Join(errs...)
-	}
-	return cmd
-}
-
 func (c *CLI) pauseCmd() *cobra.Command {
 	var disk bool
-	cmd := c.perSandbox(&cobra.Command{
+	cmd := c.each(&cobra.Command{
 		Use:   "pause SANDBOX...",
 		Short: "Save sandboxes and stop them; they use no memory then",
 		Long: `Saves sandboxes and stops them. The ID of each is printed when it is on disk; one
 that cannot be saved runs on. A paused sandbox has no end.`,
 		Example: "  cay sandbox pause i1a2b3c4d5e6f7g8h9j0k\n  cay sandbox pause --disk-only ID",
 	}, func(ctx context.Context, client *Client, id string) error { return client.Pause(ctx, id, !disk) })
+	cmd.ValidArgsFunction = c.sandboxIDs
 	cmd.Flags().BoolVar(&disk, "disk-only", false, "save the files alone, and start anew from them")
 	return cmd
 }
@@ -64,13 +42,14 @@ func (c *Client) Pause(ctx context.Context, id string, memory bool) error {
 func (c *CLI) resumeCmd() *cobra.Command {
 	var seconds int32
 	var cold bool
-	cmd := c.perSandbox(&cobra.Command{
+	cmd := c.each(&cobra.Command{
 		Use:     "resume SANDBOX...",
 		Short:   "Start paused sandboxes where they were",
 		Example: "  cay sandbox resume i1a2b3c4d5e6f7g8h9j0k\n  cay sandbox resume --cold --timeout 3600 ID",
 	}, func(ctx context.Context, client *Client, id string) error {
 		return client.Resume(ctx, id, seconds, cold)
 	})
+	cmd.ValidArgsFunction = c.sandboxIDs
 	cmd.Flags().Int32VarP(&seconds, "timeout", "t", 300, "seconds that it lives from then on")
 	cmd.Flags().BoolVar(&cold, "cold", false, "start from the files alone, though the memory was saved")
 	return cmd
@@ -266,117 +245,6 @@ snapshot, with the part of the system that did it and how long that took.`,
 				return err
 			}
 			return c.printTrace(in.Trace)
-		},
-	}
-}
-
-func (c *CLI) snapshotCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "snapshot",
-		Short:   "Look at snapshots of sandboxes, check them, delete them",
-		Example: "  cay snapshot list\n  cay snapshot verify ID\n  cay snapshot delete one/warm:v2",
-	}
-	cmd.AddCommand(c.snapshotListCmd(), c.snapshotVerifyCmd(), c.snapshotDeleteCmd())
-	return cmd
-}
-
-func (c *CLI) snapshotListCmd() *cobra.Command {
-	var out *format
-	cmd := &cobra.Command{
-		Use:     "list",
-		Aliases: []string{"ls"},
-		Short:   "List the snapshots on this machine, those that paused sandboxes consist of included",
-		Example: "  cay snapshot list\n  cay snapshot list -o json",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			r, err := client.operator.ListSnapshotsWithResponse(cmd.Context())
-			if err != nil {
-				return client.unreachable(err)
-			}
-			list, err := body(r.JSON200, r.HTTPResponse, fault(r.JSONDefault), http.StatusOK)
-			if err != nil {
-				return err
-			}
-			if *out == asJSON {
-				return WriteJSON(c.Out, append([]operator.Snapshot{}, list...))
-			}
-			if len(list) == 0 {
-				fmt.Fprintln(c.Err, "There are no snapshots.")
-				return nil
-			}
-			var rows [][]string
-			for _, s := range list {
-				memory := "-"
-				if s.MemoryBytes > 0 {
-					memory = fmt.Sprintf("%d MiB", s.MemoryBytes>>20)
-				}
-				rows = append(rows, []string{s.SnapshotID, s.SandboxID, s.Owner, strings.Join(s.Names, ", "), memory,
-					s.Runtime + " " + s.RuntimeVersion, ago(c.now().Sub(s.CreatedAt)) + " ago"})
-			}
-			return writeTable(c.Out, "SNAPSHOT\tSANDBOX\tOWNER\tNAMES\tMEMORY\tENGINE\tMADE", rows)
-		},
-	}
-	out = addOutput(cmd)
-	return cmd
-}
-
-func (c *CLI) snapshotVerifyCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:     "verify SNAPSHOT...",
-		Short:   "Read snapshots and compare them with their manifests",
-		Example: "  cay snapshot verify s1a2b3c4d5e6f7g8h9j0k",
-		Args:    cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			var errs []error
-			for _, id := range ids {
-				r, err := client.operator.VerifySnapshotWithResponse(cmd.Context(), id)
-				if err != nil {
-					return client.unreachable(err)
-				}
-				if err := answered(r.HTTPResponse, fault(r.JSONDefault), http.StatusNoContent); err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				fmt.Fprintln(c.Out, id)
-			}
-			return errors.Join(errs...)
-		},
-	}
-}
-
-func (c *CLI) snapshotDeleteCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:     "delete SNAPSHOT...",
-		Aliases: []string{"rm"},
-		Short:   "Delete snapshots that were asked for; sandboxes made from them stay",
-		Example: "  cay snapshot delete s1a2b3c4d5e6f7g8h9j0k\n  cay snapshot delete warm:v2",
-		Args:    cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			var errs []error
-			for _, id := range ids {
-				r, err := client.api.DeleteTemplateWithResponse(cmd.Context(), id)
-				if err != nil {
-					return client.unreachable(err)
-				}
-				if err := answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent); err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				fmt.Fprintln(c.Out, id)
-			}
-			return errors.Join(errs...)
 		},
 	}
 }

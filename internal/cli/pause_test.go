@@ -1,8 +1,11 @@
 package cli
 
 import (
+	"bytes"
 	"encoding/json"
+	"io"
 	"net/http"
+	"strconv"
 	"testing"
 	"time"
 
@@ -87,6 +90,32 @@ func (f *fakeServer) pauseHandlers(m *http.ServeMux, team, admin func(http.Handl
 			return
 		}
 		w.WriteHeader(204)
+	}))
+	archive := bytes.Repeat([]byte("an archive "), 300_000)
+	m.HandleFunc("GET /operator/v1/archives/{id}", admin(func(w http.ResponseWriter, r *http.Request) {
+		switch r.PathValue("id") {
+		case "s1", "s2":
+			w.Header().Set("Content-Type", "application/x-tar")
+			w.Header().Set("Content-Length", strconv.Itoa(len(archive)))
+			n := len(archive)
+			if r.PathValue("id") == "s2" {
+				n /= 2 // and the connection ends
+			}
+			_, _ = w.Write(archive[:n])
+		default:
+			refuse(w, 404, "not_found", "storage", "no snapshot "+r.PathValue("id")+" on this node", "see `cay snapshot list`")
+		}
+	}))
+	m.HandleFunc("POST /operator/v1/archives", admin(func(w http.ResponseWriter, r *http.Request) {
+		got, err := io.ReadAll(r.Body)
+		switch q := r.URL.Query(); {
+		case err != nil || !bytes.Equal(got, archive) || q.Get("teamID") == "":
+			refuse(w, 500, "snapshot_corrupt", "storage", "the archive is damaged", "copy it again")
+		case q.Get("name") != "warm:v2":
+			refuse(w, 404, "template_not_found", "template", "the snapshot was made from build b of template base, which is not here", "build it")
+		default:
+			reply(w, 201, operator.Snapshot{SnapshotID: "s9", SandboxID: guarded, Names: []string{"warm:v2"}, MemoryBytes: 40 << 20})
+		}
 	}))
 	m.HandleFunc("GET /operator/v1/sandboxes", admin(func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, 200, []operator.SandboxRecord{{SandboxID: guarded, State: "running", Alias: "base", Parent: open}, {SandboxID: open, State: "paused", Alias: "base"}})

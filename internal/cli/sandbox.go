@@ -61,54 +61,28 @@ func labels(m map[string]string) string {
 }
 
 func (c *CLI) listCmd() *cobra.Command {
-	var out *format
-	var quiet bool
 	var metadata map[string]string
-	cmd := &cobra.Command{
-		Use:     "list",
-		Aliases: []string{"ls"},
-		Short:   "List sandboxes, running and paused",
+	cmd := listing[api.ListedSandbox]{
+		fetch: func(ctx context.Context, client *Client) ([]api.ListedSandbox, error) {
+			return client.Sandboxes(ctx, metadata)
+		},
+		none:   "No sandboxes run.",
+		header: "SANDBOX ID\tTEMPLATE\tSTATE\tCPUS\tMEMORY\tSTARTED\tENDS\tMETADATA",
+		row: func(s api.ListedSandbox) []string {
+			meta := ""
+			if s.Metadata != nil {
+				meta = labels(*s.Metadata)
+			}
+			return []string{s.SandboxID, templateOf(s.Alias, s.TemplateID), string(s.State), fmt.Sprint(s.CpuCount),
+				fmt.Sprintf("%d MiB", s.MemoryMB), ago(c.now().Sub(s.StartedAt)) + " ago", c.ends(s.State, s.EndAt), meta}
+		},
+	}.command(c, &cobra.Command{
+		Use:   "list",
+		Short: "List sandboxes, running and paused",
 		Example: `  cay sandbox list
   cay sandbox list --metadata user=alice
   cay sandbox kill $(cay sandbox list -q --metadata ci=1)`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			list, err := client.Sandboxes(cmd.Context(), metadata)
-			if err != nil {
-				return err
-			}
-			if *out == asJSON {
-				return WriteJSON(c.Out, append([]api.ListedSandbox{}, list...)) // [] and not null
-			}
-			if !quiet && len(list) == 0 {
-				fmt.Fprintln(c.Err, "No sandboxes run.")
-				return nil
-			}
-			var rows [][]string
-			for _, s := range list {
-				if quiet {
-					fmt.Fprintln(c.Out, s.SandboxID)
-					continue
-				}
-				meta := ""
-				if s.Metadata != nil {
-					meta = labels(*s.Metadata)
-				}
-				rows = append(rows, []string{s.SandboxID, templateOf(s.Alias, s.TemplateID), string(s.State), fmt.Sprint(s.CpuCount),
-					fmt.Sprintf("%d MiB", s.MemoryMB), ago(c.now().Sub(s.StartedAt)) + " ago", c.ends(s.State, s.EndAt), meta})
-			}
-			if quiet {
-				return nil
-			}
-			return writeTable(c.Out, "SANDBOX ID\tTEMPLATE\tSTATE\tCPUS\tMEMORY\tSTARTED\tENDS\tMETADATA", rows)
-		},
-	}
-	out = addOutput(cmd)
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
+	})
 	cmd.Flags().StringToStringVarP(&metadata, "metadata", "m", nil, "only those with these labels, as key=value")
 	return cmd
 }
