@@ -141,7 +141,7 @@ func TestKilledServer(t *testing.T) {
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("all sandboxes answered only after %s, want 5 s from the start of `cay up`", took)
 	}
-	program.Eventually(t, time.Until(ready.Add(2*time.Second)), func() string { return gone(t.Context(), c, down) })
+	program.Within(t, time.Until(ready.Add(2*time.Second)), func() string { return gone(t.Context(), c, down) })
 
 	for _, s := range boxes {
 		n, err := readCount(t.Context(), s)
@@ -180,7 +180,7 @@ func TestKilledServer(t *testing.T) {
 			t.Errorf("the sandbox with a second left does not answer: %v", err)
 		}
 	}
-	program.Eventually(t, time.Until(soonEnd.EndAt)+1500*time.Millisecond, func() string { return gone(t.Context(), c, soon) })
+	program.Within(t, time.Until(soonEnd.EndAt)+1500*time.Millisecond, func() string { return gone(t.Context(), c, soon) })
 	if early := time.Until(soonEnd.EndAt); early > 100*time.Millisecond {
 		t.Errorf("a sandbox ended %s before its time", early)
 	}
