@@ -30,7 +30,7 @@ compressed, and as secret as what was in the sandbox. "-" is standard output.
 
 It can be imported where the same build of its template is, and, for its memory,
 the same version of the engine.`,
-		Example: `  cay snapshot export s1a2b3c4d5e6f7g8h9j0k warm.cay
+		Example: `  cay snapshot export warm:v2 warm.cay
   cay snapshot export s1a2b3c4d5e6f7g8h9j0k - | ssh other cay snapshot import -`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: c.snapshotThenFile,
@@ -39,7 +39,11 @@ the same version of the engine.`,
 			if err != nil {
 				return err
 			}
-			return c.export(cmd.Context(), client, args[0], args[1])
+			id, err := client.snapshotID(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return c.export(cmd.Context(), client, id, args[1])
 		},
 	}
 }

@@ -81,6 +81,11 @@ func answered(r *http.Response, fault *api.Failure, want int) error {
 	if fault == nil || fault.Message == "" {
 		return strange(r)
 	}
+	return told(fault)
+}
+
+// told is the failure that an answer tells of.
+func told(fault *api.Failure) *cay.Error {
 	e := &cay.Error{Code: cay.CodeInternal, Layer: cay.LayerAPI, Message: fault.Message}
 	if fault.ErrorCode != nil {
 		e.Code = cay.Code(*fault.ErrorCode)

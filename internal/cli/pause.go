@@ -1,13 +1,13 @@
 package cli
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -94,15 +94,22 @@ files as they are now, and an identity of its own. The ID of each is printed.`,
 			if err != nil {
 				return err
 			}
-			var errs []error
+			// What keeps one from being made mostly keeps others, too: the reason is
+			// told once.
+			var why *cay.Error
+			failed := 0
 			for _, f := range forks {
 				if f.Sandbox != nil {
 					fmt.Fprintln(c.Out, f.Sandbox.SandboxID)
-				} else if f.Error != nil {
-					errs = append(errs, &cay.Error{Code: cay.CodeInternal, Layer: cay.LayerPlacement, Message: "a fork was not made: " + f.Error.Message})
+				} else if failed++; f.Error != nil && why == nil {
+					why = told(f.Error)
 				}
 			}
-			return errors.Join(errs...)
+			if why == nil {
+				return nil
+			}
+			why.Message = fmt.Sprintf("%d of %d forks were not made: %s", failed, len(forks), why.Message)
+			return why
 		},
 	}
 	cmd.Flags().Int32VarP(&count, "count", "n", 1, "how many")
@@ -116,7 +123,7 @@ func (c *CLI) snapshotOfCmd() *cobra.Command {
 		Use:   "snapshot SANDBOX",
 		Short: "Keep a running sandbox as it is now, to make others from",
 		Long: `Makes a snapshot of a running sandbox, which goes on. What is printed can be used
-as the template of new sandboxes.`,
+as the template of new sandboxes, with every client, and with cay snapshot.`,
 		Example:           "  cay sandbox snapshot --name warm:v2 i1a2b3c4d5e6f7g8h9j0k",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: c.firstSandboxID,
@@ -168,44 +175,46 @@ func (c *CLI) treeCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			for _, line := range tree(all) {
-				fmt.Fprintln(c.Out, line)
+			if len(all) == 0 {
+				fmt.Fprintln(c.Err, "No sandboxes run.")
+				return nil
 			}
-			return nil
+			return writeTable(c.Out, "SANDBOX\tSTATE\tTEMPLATE\tMADE", tree(all, c.now()))
 		},
 	}
 }
 
-// tree draws sandboxes below those whose snapshots they were made from. A parent
-// that is gone is drawn all the same, since its children have it in common.
-func tree(all []operator.SandboxRecord) []string {
+// tree makes rows of sandboxes, oldest first, each below that whose snapshot it
+// was made from. A parent that is gone has a row all the same, since its children
+// have it in common.
+func tree(all []operator.SandboxRecord, now time.Time) [][]string {
+	all = slices.Clone(all)
+	slices.SortFunc(all, func(a, b operator.SandboxRecord) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.SandboxID, b.SandboxID))
+	})
 	byID, children := map[string]operator.SandboxRecord{}, map[string][]string{}
 	for _, r := range all {
 		byID[r.SandboxID] = r
 	}
 	for _, r := range all {
+		if _, there := byID[r.Parent]; !there && r.Parent != "" && children[r.Parent] == nil {
+			children[""] = append(children[""], r.Parent)
+		}
 		children[r.Parent] = append(children[r.Parent], r.SandboxID)
 	}
-	for parent := range maps.Clone(children) {
-		if _, there := byID[parent]; !there && parent != "" {
-			children[""] = append(children[""], parent)
-		}
-	}
-	var out []string
+	var out [][]string
 	var draw func(id string, depth int)
 	draw = func(id string, depth int) {
-		line := strings.Repeat("  ", depth) + id
+		row := []string{strings.Repeat("  ", depth) + id, "gone", "", ""}
 		if r, there := byID[id]; there {
-			line += "  " + string(r.State) + "  " + r.Alias
-		} else {
-			line += "  gone"
+			row = []string{row[0], string(r.State), r.Alias, ago(now.Sub(r.CreatedAt)) + " ago"}
 		}
-		out = append(out, line)
-		for _, child := range slices.Sorted(slices.Values(children[id])) {
+		out = append(out, row)
+		for _, child := range children[id] {
 			draw(child, depth+1)
 		}
 	}
-	for _, id := range slices.Sorted(slices.Values(children[""])) {
+	for _, id := range children[""] {
 		draw(id, 0)
 	}
 	return out

@@ -118,20 +118,22 @@ func (f *fakeServer) pauseHandlers(m *http.ServeMux, team, admin func(http.Handl
 		}
 	}))
 	m.HandleFunc("GET /operator/v1/sandboxes", admin(func(w http.ResponseWriter, _ *http.Request) {
-		reply(w, 200, []operator.SandboxRecord{{SandboxID: guarded, State: "running", Alias: "base", Parent: open}, {SandboxID: open, State: "paused", Alias: "base"}})
+		reply(w, 200, []operator.SandboxRecord{{SandboxID: guarded, State: "running", Alias: "base", Parent: open, CreatedAt: fakeNow.Add(-time.Minute)}, {SandboxID: open, State: "paused", Alias: "base", CreatedAt: fakeNow.Add(-time.Hour)}})
 	}))
 }
 
 func TestTree(t *testing.T) {
-	r := func(id, parent, state string) operator.SandboxRecord {
-		return operator.SandboxRecord{SandboxID: id, Parent: parent, State: operator.SandboxState(state), Alias: "base"}
+	r := func(id, parent, state string, age time.Duration) operator.SandboxRecord {
+		return operator.SandboxRecord{SandboxID: id, Parent: parent, State: operator.SandboxState(state), Alias: "base", CreatedAt: fakeNow.Add(-age)}
 	}
-	got := tree([]operator.SandboxRecord{r("c", "a", "running"), r("b", "a", "paused"), r("a", "", "running"), r("d", "b", "running"), r("e", "lost", "running"), r("f", "lost", "running")})
-	want := []string{"a  running  base", "  b  paused  base", "    d  running  base", "  c  running  base", "lost  gone", "  e  running  base", "  f  running  base"}
+	got := tree([]operator.SandboxRecord{r("c", "a", "running", 3*time.Second), r("b", "a", "paused", 4*time.Second), r("a", "", "running", 9*time.Second),
+		r("d", "b", "running", 2*time.Second), r("e", "lost", "running", 2*time.Second), r("f", "lost", "running", time.Second)}, fakeNow)
+	want := [][]string{{"a", "running", "base", "9s ago"}, {"  b", "paused", "base", "4s ago"}, {"    d", "running", "base", "2s ago"}, {"  c", "running", "base", "3s ago"},
+		{"lost", "gone", "", ""}, {"  e", "running", "base", "2s ago"}, {"  f", "running", "base", "1s ago"}}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
-	if got := tree(nil); len(got) > 0 {
+	if got := tree(nil, fakeNow); len(got) > 0 {
 		t.Errorf("of nothing: %q", got)
 	}
 }

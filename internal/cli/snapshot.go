@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -66,7 +67,11 @@ func (c *CLI) snapshotVerifyCmd() *cobra.Command {
 		Short:   "Read snapshots and compare them with their manifests",
 		Long:    "Reads every byte of snapshots. The ID of each that is whole is printed; of\nanother, the part that is damaged is named.",
 		Example: "  cay snapshot verify s1a2b3c4d5e6f7g8h9j0k\n  cay snapshot verify $(cay snapshot list -q)",
-	}, func(ctx context.Context, client *Client, id string) error {
+	}, func(ctx context.Context, client *Client, ref string) error {
+		id, err := client.snapshotID(ctx, ref)
+		if err != nil {
+			return err
+		}
 		r, err := client.operator.VerifySnapshotWithResponse(ctx, id)
 		if err != nil {
 			return client.unreachable(err)
@@ -92,6 +97,25 @@ func (c *CLI) snapshotDeleteCmd() *cobra.Command {
 	})
 	cmd.ValidArgsFunction = c.snapshotIDs
 	return cmd
+}
+
+// snapshotID finds the ID of what `cay sandbox snapshot` has printed, or of what
+// the list shows as a name.
+func (c *Client) snapshotID(ctx context.Context, ref string) (string, error) {
+	name, tag, tagged := strings.Cut(ref[strings.LastIndex(ref, "/")+1:], ":")
+	if !tagged {
+		tag = "default"
+	}
+	all, err := c.Snapshots(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, s := range all {
+		if s.SnapshotID == name && tag == "default" || slices.Contains(s.Names, name+":"+tag) {
+			return s.SnapshotID, nil
+		}
+	}
+	return ref, nil // the server says what is wrong with it
 }
 
 // snapshotIDs completes the IDs of snapshots.

@@ -35,7 +35,7 @@ func TestExportAndImport(t *testing.T) {
 		}
 		return strings.TrimSpace(r.Stdout)
 	}
-	id, _, _ := strings.Cut(must("sandbox", "snapshot", s.ID), ":")
+	id := must("sandbox", "snapshot", s.ID)
 	n, _ := count(t, s)
 	file := filepath.Join(t.TempDir(), "warm.cay")
 	began := time.Now()

@@ -50,7 +50,7 @@ const scenarios = {
   'guests': async () => {
     sbx = await Sandbox.create({ ...opts, metadata: { k: 'v' }, envs: { GREETING: 'hello' } })
     await sbx.files.write([{ path: 'guest.py', data: new Blob([guest]) }, { path: 'guest.js', data: new Blob([web]) }])
-    await sbx.commands.run('python3 guest.py 64 0.5', { background: true, timeoutMs: 0 })
+    await sbx.commands.run('python3 guest.py 32 0.5', { background: true, timeoutMs: 0 })
     await sbx.commands.run('node guest.js', { background: true, timeoutMs: 0 })
     pty = await sbx.pty.create({ cols: 80, rows: 24, timeoutMs: 0, onData: (d) => { screen += decoder.decode(d) } })
     await sbx.pty.sendInput(pty.pid, new TextEncoder().encode('KEPT=in-this-shell; echo rea""dy\n'))

@@ -163,7 +163,7 @@ async def guests():
     for name in ["guest.py", "guest.js"]:
         with open("guest/" + name, "rb") as f:
             await do(S.files.write, name, f.read())
-    await do(S.commands.run, "python3 guest.py 64 0.5", background=True, timeout=0)
+    await do(S.commands.run, "python3 guest.py 32 0.5", background=True, timeout=0)
     await do(S.commands.run, "node guest.js", background=True, timeout=0)
     await T.open()
     await T.says('KEPT=in-this-shell; echo rea""dy\n', "ready")
