@@ -16,6 +16,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay"
 )
 
 const canaryPort = 8099
@@ -164,7 +166,7 @@ func TestRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, seen := range wan.await(t, marker) {
-				if seen.dst != publicAddr {
+				if seen.dst != publicAddr && !ownLink(seen) {
 					t.Errorf("left the host: %s", seen)
 				}
 			}
@@ -177,6 +179,75 @@ func TestRefused(t *testing.T) {
 				t.Errorf("reached another slot: %s", seen)
 			}
 		})
+	}
+}
+
+// TestRefusedWhateverPolicy sends to every refused destination under policies
+// that allow them. Nothing may arrive anywhere.
+func TestRefusedWhateverPolicy(t *testing.T) {
+	p := testPool(t, "whate", func(p *Pool) {
+		p.Refuse = []netip.Prefix{netip.MustParsePrefix("44.0.0.0/8")}
+		p.Limits.PerSecond = 1 << 20
+	})
+	victim := acquire(t, p, true)
+	guest := newTap(t, openFile(t, victim.NetNS), eth0)
+	hits := canary(t)
+	wan := newTap(t, world, "wan0")
+	everything := append(Refused(), prefixes("0.0.0.0/0", "44.0.0.0/8", "10.193.0.0/16", uplinkAddr.String()+"/32")...)
+	for i, e := range []cay.Egress{
+		{Deny: prefixes("0.0.0.0/0"), Allow: everything},
+		{Allow: everything},
+		{Deny: prefixes("0.0.0.0/0"), Allow: everything, AllowNames: []string{"example.com"}},
+		{Allow: everything, Rules: []cay.EgressRule{{Name: "example.com", Headers: map[string]string{"X": "y"}}}},
+		{Allow: everything, Proxy: &cay.EgressProxy{Address: "proxy.example:1080"}},
+	} {
+		s, err := p.Acquire(t.Context(), e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := p.Divert(t.Context(), s.Index)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := refusedDestinations(victim.Addr, s.Addr, p.addresses(victim.Index).host, p.addresses(s.Index).host, netip.MustParseAddr("44.1.2.3"))
+		marker := netip.AddrPortFrom(publicAddr, uint16(100+i))
+		in(t, s.NetNS, func() error {
+			for _, to := range all {
+				shout(netip.AddrPortFrom(to, canaryPort))
+				shout(netip.AddrPortFrom(to, 53))
+			}
+			send(unix.IPPROTO_UDP, marker)
+			return nil
+		})
+		for _, seen := range wan.await(t, marker) {
+			if seen.dst != publicAddr && !ownLink(seen) {
+				t.Errorf("policy %d: left the host: %s", i, seen)
+			}
+		}
+		// What was diverted is not refused yet: its server asks.
+		for _, l := range []net.Listener{d.TCP, d.DNSTCP} {
+			l.(*net.TCPListener).SetDeadline(time.Now().Add(50 * time.Millisecond))
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					break
+				}
+				if to, err := Destination(c); err != nil || !p.Refused(to.Addr()) || within(p.special, to.Addr()) {
+					t.Errorf("policy %d: turned over: %s, %v", i, to, err)
+				}
+				c.Close()
+			}
+		}
+		d.Close()
+		if err := p.Release(t.Context(), s.Index); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := hits.Load(); n != 0 {
+		t.Errorf("%d connections and datagrams reached the host's listeners", n)
+	}
+	for _, seen := range guest.take() {
+		t.Errorf("reached another slot: %s", seen)
 	}
 }
 

@@ -104,6 +104,12 @@ func parse(b []byte, v6 bool) (packet, bool) {
 	return p, true
 }
 
+// ownLink tells what the machine itself says to neighbours, once its uplink has
+// an address of IPv6.
+func ownLink(p packet) bool {
+	return p.src.Is6() && p.dst.IsMulticast() && (p.src.IsUnspecified() || p.src.IsLinkLocalUnicast()) && p.src != netip.MustParseAddr("fe80::1")
+}
+
 // take returns what was seen since the last call, and forgets it.
 func (w *tap) take() []packet {
 	w.mu.Lock()

@@ -69,7 +69,13 @@ func TestEgressByAddress(t *testing.T) {
 	c := server.Client()
 	var ds []destination
 	for _, a := range []netip.Addr{program.Public, other} {
-		ds = append(ds, destination{a.String(), a.String(), port, false}, destination{a.String() + "/udp", a.String(), port, true})
+		ds = append(ds, destination{a.String(), a.String(), port, false})
+	}
+	// A datagram that is refused is missed by its answer only, after seconds.
+	datagrams := func() {
+		for _, a := range []netip.Addr{program.Public, other} {
+			ds = append(ds, destination{a.String() + "/udp", a.String(), port, true})
+		}
 	}
 	reaches := func(when string, s *program.Sandbox, public, another bool) {
 		t.Helper()
@@ -88,7 +94,9 @@ func TestEgressByAddress(t *testing.T) {
 
 	open := c.Make(t, 10*time.Minute, nil)
 	s := c.Make(t, 10*time.Minute, map[string]any{"network": onlyPublic})
+	datagrams()
 	reaches("created", s, true, false)
+	ds = ds[:2]
 	reaches("a sandbox beside it", open, true, true)
 	want := refusal{Protocol: "tcp", Destination: netip.AddrPortFrom(other, port).String(), Rule: "0.0.0.0/0", Reason: "the sandbox's policy denies it"}
 	program.Eventually(t, 30*time.Second, func() string {
@@ -338,6 +346,9 @@ func TestEgressClients(t *testing.T) {
 	listen(t, "this is the world", port, program.InWorld, program.Public, other)
 	server := program.Start(t, program.Options{Pool: 1})
 	for _, client := range sdk.Clients {
+		if again := client.Name == "js-2.45" || client.Name == "python-async"; again && !program.Nightly() {
+			continue
+		}
 		t.Run(client.Name, func(t *testing.T) {
 			client.Exercise(t, server, []string{"create with a policy", "update", "no internet", "what is refused"},
 				"PUBLIC="+program.Public.String(), "OTHER="+other.String(), fmt.Sprintf("PORT=%d", port))
