@@ -168,15 +168,11 @@ func (c *CLI) importFrom(ctx context.Context, client *Client, path, name string)
 		params.Name = &name
 	}
 	from := &failing{r: zip}
-	resp, err := client.operator.ImportSnapshotWithBody(ctx, &params, "application/x-tar", from)
+	r, err := client.operator.ImportSnapshotWithBodyWithResponse(ctx, &params, "application/x-tar", from)
 	m.stop()
 	if from.err != nil {
 		return fileError("read", path, from.err, "copy or export it again; nothing was imported")
 	}
-	if err != nil {
-		return client.unreachable(err)
-	}
-	r, err := operator.ParseImportSnapshotResponse(resp)
 	if err != nil {
 		return client.unreachable(err)
 	}
