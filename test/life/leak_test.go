@@ -190,7 +190,7 @@ func TestNothingIsLeft(t *testing.T) {
 
 // kept are the files and directories that `cay down` leaves on purpose: keys,
 // history, logs, templates, the engine's program, and the places for what comes and goes.
-var kept = []string{"cay.db", "cay.lock", "credentials.json", "log", "blobs", "work", "snapshots",
+var kept = []string{"cay.db", "cay.lock", "credentials.json", "secrets.keys", "log", "blobs", "work", "snapshots",
 	"engine", "disk", "disk/disks", "disk/images", "disk/pool", "disk/pool.xfs", "disk/pool/blank", "disk/pool/disk", "disk/pool/saved",
 	"run", "run/orchestrator", "run/gvisor", "run/gvisor/i", "run/gvisor/shared", "run/gvisor/supervisor.lock", "run/gvisor/supervisor.log"}
 
