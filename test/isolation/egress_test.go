@@ -350,7 +350,7 @@ func TestEgressClients(t *testing.T) {
 			continue
 		}
 		t.Run(client.Name, func(t *testing.T) {
-			client.Exercise(t, server, []string{"create with a policy", "update", "no internet", "what is refused"},
+			client.Exercise(t, server, []string{"create with a policy", "update", "no internet", "what is refused", "secrets"},
 				"PUBLIC="+program.Public.String(), "OTHER="+other.String(), fmt.Sprintf("PORT=%d", port))
 		})
 	}

@@ -5,7 +5,7 @@ import { createRequire } from 'node:module'
 import path from 'node:path'
 
 const require = createRequire(path.join(path.resolve(process.argv[2]), 'package.json'))
-const { Sandbox, ALL_TRAFFIC, SandboxError } = require('e2b')
+const { Sandbox, ALL_TRAFFIC, SandboxError, Secret, SecretError, SecretNotFoundError } = require('e2b')
 const { PUBLIC, OTHER, PORT } = process.env
 const opts = { timeoutMs: 600_000 }
 let sbx
@@ -50,6 +50,24 @@ const scenarios = {
     }
     await sbx.kill()
     await assert.rejects(sbx.updateNetwork({}), { name: /NotFound/ })
+  },
+  'secrets': async () => {
+    if (!Secret) return // a client from before there were secrets
+    const made = await Secret.create('From-JS', 'one', { metadata: { a: 'b' } })
+    assert.deepEqual([made.name, made.version, made.metadata], ['from-js', 1, { a: 'b' }])
+    assert.match(made.secretId, /^sec_/)
+    assert.equal((await Secret.update('from-js', 'two')).version, 2)
+    assert.equal((await Secret.getInfo(made.secretId)).version, 2)
+    assert.ok(await Secret.exists('from-js'))
+    const names = []
+    for (const pages = Secret.list({ limit: 1 }); pages.hasNext;) names.push(...(await pages.nextItems()).map((s) => s.name))
+    assert.ok(names.includes('from-js'))
+    await assert.rejects(Secret.create('from-js', 'x'), SecretError)
+    await assert.rejects(Secret.getInfo('none'), SecretNotFoundError)
+    assert.equal(Secret.fill('from-js'), '${e2b.secrets.from-js}')
+    assert.ok(await Secret.destroy('from-js'))
+    assert.ok(!(await Secret.destroy('from-js')))
+    assert.ok(!(await Secret.exists('from-js')))
   },
 }
 

@@ -9,10 +9,11 @@ import sys
 import time
 import traceback
 
-from e2b import ALL_TRAFFIC, AsyncSandbox, NotFoundException, Sandbox, SandboxException
+from e2b import ALL_TRAFFIC, AsyncSandbox, AsyncSecret, NotFoundException, Sandbox, SandboxException, Secret
 
 MODE = sys.argv[1]
 Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
+Keep = {"sync": Secret, "async": AsyncSecret}[MODE]
 PUBLIC, OTHER, PORT = (os.environ[n] for n in ("PUBLIC", "OTHER", "PORT"))
 
 PROBE = """python3 -c '
@@ -75,10 +76,27 @@ class Run:
         await do(self.sbx.kill)
         await fails(NotFoundException, self.sbx.update_network, {})
 
+    async def secrets(self):
+        name = f"From-Python-{MODE}"
+        made = await do(Keep.create, name, "one", metadata={"a": "b"})
+        assert (made.name, made.version, made.metadata) == (name.lower(), 1, {"a": "b"}), made
+        assert (await do(Keep.update, name, "two")).version == 2
+        assert (await do(Keep.get_info, made.secret_id)).version == 2
+        assert await do(Keep.exists, name)
+        names, pages = [], Keep.list(limit=1)
+        while pages.has_next:
+            names += [s.name for s in await do(pages.next_items)]
+        assert name.lower() in names, names
+        await fails(Exception, Keep.create, name, "x")
+        assert Keep.fill("a") == "${e2b.secrets.a}"
+        assert await do(Keep.destroy, name)
+        assert not await do(Keep.destroy, name)
+        assert not await do(Keep.exists, name)
+
 
 async def main():
     run = Run()
-    for name in ("create with a policy", "update", "no internet", "what is refused"):
+    for name in ("create with a policy", "update", "no internet", "what is refused", "secrets"):
         began = time.monotonic()
         result = {"name": name, "ok": True}
         try:
