@@ -206,8 +206,11 @@ func large(n int) cay.Egress {
 // and last, and can be swapped under traffic.
 func TestLargePolicy(t *testing.T) {
 	p := testPool(t, "large")
-	s := acquire(t, p, true)
 	e := large(10_000)
+	s, err := p.Acquire(t.Context(), e) // one that is made for it
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
 		began := time.Now()
 		if err := p.SetPolicy(t.Context(), s.Index, e); err != nil {

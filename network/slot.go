@@ -129,7 +129,7 @@ func (p *Pool) build(index int, pol policy) error {
 			return err
 		}
 		defer rh.Close()
-		rules, err := nftables.New(nftables.AsLasting()) // of the namespace the thread is in
+		rules, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(roomy)) // of the namespace the thread is in
 		if err != nil {
 			return err
 		}
