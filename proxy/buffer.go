@@ -2,52 +2,68 @@ package proxy
 
 import "sync"
 
+// sizes are those of buffers. In a transfer it is the number of system calls,
+// and of threads that they wake, that costs.
+var sizes = [...]int{4 << 10, 32 << 10, 256 << 10}
+
 const (
-	smallBuffer = 4 << 10
-	largeBuffer = 32 << 10
+	smallest = 0
+	largest  = len(sizes) - 1
+	// maxLargest bounds the largest buffers in use: a slow client holds on to
+	// its one. Others have to do with the size below.
+	maxLargest = 64
 )
 
 var (
-	small = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
-	large = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
+	pools      [len(sizes)]sync.Pool // of *[]byte
+	largestUse = make(chan struct{}, maxLargest)
 )
 
 // buffer is what a copy reads into: small while little comes, so that thousands
 // of quiet streams cost little, and large while much does.
 type buffer struct {
-	small *[smallBuffer]byte
-	large *[largeBuffer]byte
+	p    *[]byte
+	size int // index in sizes
 }
 
 // bytes returns the place for the next read.
 func (b *buffer) bytes() []byte {
-	if b.large != nil {
-		return b.large[:]
+	if b.p == nil {
+		if p, ok := pools[b.size].Get().(*[]byte); ok {
+			b.p = p
+		} else {
+			p := make([]byte, sizes[b.size])
+			b.p = &p
+		}
 	}
-	if b.small == nil {
-		b.small = small.Get().(*[smallBuffer]byte)
-	}
-	return b.small[:]
+	return *b.p
 }
 
 // grow is told how much a read brought, once that has been used.
 func (b *buffer) grow(n int) {
-	switch {
-	case b.large == nil && n == smallBuffer:
-		b.large = large.Get().(*[largeBuffer]byte)
-	case b.large != nil && n < smallBuffer:
-		large.Put(b.large)
-		b.large = nil
+	switch next := b.size + 1; {
+	case n < sizes[smallest] && b.size > smallest:
+		b.free()
+	case n == sizes[b.size] && next < largest:
+		b.free()
+		b.size = next
+	case n == sizes[b.size] && next == largest:
+		select {
+		case largestUse <- struct{}{}:
+			b.free()
+			b.size = next
+		default:
+		}
 	}
 }
 
 // free gives everything back.
 func (b *buffer) free() {
-	if b.large != nil {
-		large.Put(b.large)
+	if b.p != nil {
+		pools[b.size].Put(b.p)
 	}
-	if b.small != nil {
-		small.Put(b.small)
+	if b.size == largest {
+		<-largestUse
 	}
 	*b = buffer{}
 }

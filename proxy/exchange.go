@@ -20,6 +20,13 @@ import (
 // holds one of them, so it is small; what is larger goes past it.
 const wireBuffer = 4 << 10
 
+// shortBody bounds the bodies that are sent before the answer is looked for. A
+// call has such a one, and it is there already, with its header.
+const shortBody = 2 << 10
+
+// longBody is from what size on an answer is left to the kernel to move.
+const longBody = 1 << 20
+
 var (
 	readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, wireBuffer) }}
 	writers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, wireBuffer) }}
@@ -103,6 +110,23 @@ type reply struct {
 	keep func(*wire)
 }
 
+// rest returns the last n bytes of a long body as they come over TCP, so that
+// the kernel can move them without our reading them; nil if that cannot be.
+func (a *reply) rest(n int64) *io.LimitedReader {
+	if a.wire == nil || n < longBody || a.wire.in.Buffered() > 0 {
+		return nil
+	}
+	t, ok := a.wire.conn.(*tracked)
+	if !ok {
+		return nil
+	}
+	conn, ok := t.Conn.(*net.TCPConn)
+	if !ok {
+		return nil
+	}
+	return &io.LimitedReader{R: conn, N: n}
+}
+
 // end gives the connection back, or closes it. whole tells that the answer was
 // read to its end.
 func (a *reply) end(whole bool) {
@@ -135,10 +159,11 @@ func (w *wire) exchange(req *http.Request, interim func(code int, h http.Header)
 	a := &reply{wire: w, sent: make(chan struct{})}
 	a.stop = context.AfterFunc(req.Context(), func() { _ = w.conn.SetDeadline(longAgo) })
 	w.left = maxResponseHeader
-	if req.Body == nil || req.Body == http.NoBody {
+	if req.Body == nil || req.Body == http.NoBody || req.ContentLength > 0 && req.ContentLength <= shortBody {
 		err := w.send(req)
 		close(a.sent)
-		if err != nil && !w.said() {
+		var broken *bodyError
+		if err != nil && (errors.As(err, &broken) || !w.said()) {
 			a.stop()
 			return nil, err
 		}
@@ -154,7 +179,7 @@ func (w *wire) exchange(req *http.Request, interim func(code int, h http.Header)
 		}()
 	}
 	for {
-		res, err := http.ReadResponse(w.in, req)
+		res, err := http.ReadResponse(w.in, req) //nolint:bodyclose // reply.end does
 		if err != nil {
 			a.stop()
 			return nil, err
@@ -360,7 +385,7 @@ func (u *upstreams) expire(c *connections, w *wire) {
 // do takes a request to a port of an execution.
 func (u *upstreams) do(req *http.Request, c *connections, t target, interim func(code int, h http.Header)) (*reply, error) {
 	if isGRPC(req) {
-		res, err := u.h2.RoundTrip(interimOf(req, interim))
+		res, err := u.h2.RoundTrip(interimOf(req, interim)) //nolint:bodyclose // reply.end does
 		if err != nil {
 			return nil, err
 		}

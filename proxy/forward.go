@@ -259,7 +259,16 @@ func copyAnswer(w http.ResponseWriter, a *reply) error {
 			}
 			held = false
 		}
-		if a.wire != nil && b.large == nil && a.wire.in.Buffered() == 0 {
+		if from := a.rest(left); from != nil {
+			if to, ok := w.(io.ReaderFrom); ok { // HTTP/1.1
+				_, err := to.ReadFrom(from)
+				if err == nil && from.N > 0 {
+					err = io.ErrUnexpectedEOF
+				}
+				return err
+			}
+		}
+		if a.wire != nil && b.size == smallest && a.wire.in.Buffered() == 0 {
 			// More is to come, or the end. A stream that brings little holds no
 			// buffer of ours while it waits for that.
 			b.free()

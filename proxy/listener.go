@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/tls"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -180,6 +181,9 @@ func (gc *guarded) Close() error {
 	gc.gate.mu.Unlock()
 	return gc.Conn.Close()
 }
+
+// ReadFrom lets the kernel move what comes from another connection.
+func (gc *guarded) ReadFrom(r io.Reader) (int64, error) { return io.Copy(gc.Conn, r) }
 
 // CloseWrite lets the server send the end of the stream before it closes.
 func (gc *guarded) CloseWrite() error {
