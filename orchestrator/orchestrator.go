@@ -366,11 +366,9 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 		return storageError("write the node's record of the sandbox", err)
 	}
 	o.Fault.Pass(op, "init.before")
-	if err == nil {
-		config := guestConfig(g.rec.Execution, token, c, m, began)
-		config.CABundle = bundle
-		err = o.Guest.Init(ctx, addr, config)
-	}
+	config := guestConfig(g.rec.Execution, token, c, m, began)
+	config.CABundle = bundle
+	err = o.Guest.Init(ctx, addr, config)
 	o.Fault.Pass(op, "init.after")
 	o.step(g, "init", cay.LayerEnvd, began, err)
 	if err != nil {

@@ -3,6 +3,7 @@ package settings_test
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,6 +59,9 @@ func TestWrongValues(t *testing.T) {
 		{env: map[string]string{"CAY_API_ADDR": "3000"}, want: "env:CAY_API_ADDR"},
 		{flags: map[string]string{"api-addr": "127.0.0.1:70000"}, want: "0 to 65535"},
 		{flags: map[string]string{"sandbox-cidr": "fd00::/8"}, want: "IPv4"},
+		{flags: map[string]string{"refused-ranges": "192.0.2.0/24,example.com"}, want: `"example.com" is no address`},
+		{flags: map[string]string{"refused-ranges": "fe80::1%eth0"}, want: "no address"},
+		{flags: map[string]string{"sandbox-connections-per-second": "0"}, want: "from 1"},
 		{flags: map[string]string{"memory-mb": "1"}, want: "from 128"},
 		{flags: map[string]string{"log-level": "loud"}, want: "one of debug"},
 		{flags: map[string]string{"domain": "a..b"}, want: "domain name"},
@@ -107,5 +111,22 @@ func TestDataDirIsAFile(t *testing.T) {
 	}
 	if _, err := settings.Load(sources(t, "", nil, map[string]string{"data-dir": path})); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestRefusedRanges(t *testing.T) {
+	s, err := settings.Load(sources(t, "refused-ranges: 192.0.2.7, 198.51.100.9/24,2001:DB8::1/32, ::ffff:203.0.113.5,", nil, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, p := range s.RefusedRanges {
+		got = append(got, p.String())
+	}
+	if want := []string{"192.0.2.7/32", "198.51.100.0/24", "2001:db8::/32", "203.0.113.5/32"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if s, err := settings.Load(sources(t, "", nil, nil)); err != nil || s.RefusedRanges != nil || s.Mbit != 0 {
+		t.Errorf("by default %+v, %v", s, err)
 	}
 }
