@@ -29,6 +29,9 @@ const (
 // A server with nothing but a domain and an ACME authority serves a sandbox's
 // address with a certificate of that authority, made when it is first asked for.
 func TestACME(t *testing.T) {
+	if !program.Nightly() {
+		t.Skip("nightly: package certificate has the same authority in every run")
+	}
 	resolver, err := nameServer()
 	if err != nil {
 		t.Fatal(err)
