@@ -227,7 +227,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("inspection %+v", in)
 	}
 	a := f.want(200, f.request("GET", "/operator/v1/sandboxes/"+id+"/trace", "", admin...))
-	if want := `[{"error":"","layer":"runtime","name":"boot","tookMs":1.5}]`; strings.TrimSpace(a.body) != want {
+	if want := `[{"error":"","layer":"runtime","name":"boot","operation":"start","tookMs":1.5}]`; strings.TrimSpace(a.body) != want {
 		t.Errorf("trace %s, want %s", a.body, want)
 	}
 	if a = f.want(200, f.request("GET", "/operator/v1/sandboxes/"+id+"/console", "", admin...)); !strings.Contains(a.body, `"text":"up"`) {

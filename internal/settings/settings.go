@@ -158,10 +158,10 @@ func ranges(v string) ([]netip.Prefix, error) {
 			continue
 		}
 		p, err := netip.ParsePrefix(part)
-		if a, aerr := netip.ParseAddr(part); aerr == nil {
+		if a, aerr := netip.ParseAddr(part); aerr == nil && a.Zone() == "" {
 			p, err = netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()), nil
 		}
-		if err != nil || p.Addr().Zone() != "" {
+		if err != nil {
 			return nil, fmt.Errorf("%q is no address and no range such as 192.0.2.0/24", part)
 		}
 		out = append(out, p.Masked())
