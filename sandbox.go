@@ -145,7 +145,7 @@ type NodeSandbox struct {
 	StartedAt   time.Time    `json:"startedAt"`
 	Deadline    time.Time    `json:"deadline"`
 	EnvdVersion string       `json:"envdVersion"`
-	Egress      Egress       `json:"egress"` // without the proxy's password
+	Egress      Egress       `json:"egress"`  // without the proxy's password
 	Adopted     bool         `json:"adopted"` // survived a restart of the server
 	// Restored tells that its memory is that of a snapshot. Degraded says why
 	// not, if that was wished for.
@@ -170,7 +170,7 @@ type SandboxOnHost struct {
 // slow or failed one can be explained.
 type StartStep struct {
 	// Op is the operation, "pause" or "snapshot"; empty is the start.
-	Op   string        `json:"op,omitempty"`
+	Op    string        `json:"op,omitempty"`
 	Name  string        `json:"name"`
 	Layer Layer         `json:"layer"`
 	Took  time.Duration `json:"took"` // nanoseconds
