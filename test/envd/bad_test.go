@@ -99,6 +99,7 @@ func (b *box) ask(t *testing.T, n nonsense) (answer, string) {
 // Whatever nonsense a request is, the contract's code comes back, and envd
 // goes on as if nothing had been.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	b.Out(t, "echo old >/tmp/old; ln -s b /tmp/a; ln -s a /tmp/b; mkdir /tmp/dir; mkfifo /tmp/fifo")
 	gone, err := b.Start(t.Context(), "", "true")
@@ -237,6 +238,7 @@ func TestBadInput(t *testing.T) {
 // An upload whose body is shorter than announced, or breaks off, leaves the old
 // file.
 func TestBrokenUpload(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	b.Out(t, "echo old >/tmp/old")
 	for _, c := range []struct{ name, head, body string }{
@@ -268,6 +270,7 @@ func TestBrokenUpload(t *testing.T) {
 // A directory with very many entries is listed, or refused with a code; either
 // way envd stays what it was.
 func TestHugeDirectory(t *testing.T) {
+	t.Parallel()
 	entries := program.Sized(10_000, 1_000_000)
 	b := newBox(t, program.Start(t, program.Options{DiskMB: program.Sized(2560, 6144)}), time.Hour)
 	b.Out(t, fmt.Sprintf(`mkdir /tmp/huge; python3 -c "

@@ -65,6 +65,7 @@ func noiseCommand(n int64) string {
 // Everything a process writes reaches a reader that is slow, in order and once;
 // while the reader pauses the process waits, and envd hoards nothing.
 func TestSlowReader(t *testing.T) {
+	t.Parallel()
 	size := int64(program.Sized(300<<20, 10_000_000_000))
 	b := newBox(t, program.Start(t, program.Options{}), time.Hour)
 	st, _, err := b.start(t.Context(), "", shell(noiseCommand(size)))
@@ -142,6 +143,7 @@ func watchMemory(t *testing.T, b *box) (stop func() float64) {
 // A large file goes up and comes down as it was, and envd needs no more memory
 // for it.
 func TestLargeFile(t *testing.T) {
+	t.Parallel()
 	size := int64(program.Sized(256<<20, 4<<30))
 	b := newBox(t, program.Start(t, program.Options{DiskMB: program.Sized(2560, 6144)}), time.Hour)
 	stop := watchMemory(t, b)
@@ -175,6 +177,7 @@ func TestLargeFile(t *testing.T) {
 // Each of 10,000 files, in directories that are made meanwhile, is reported
 // once: to a stream and to a poll.
 func TestWatchCountsAll(t *testing.T) {
+	t.Parallel()
 	const files, each = 10_000, 50
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	b.Out(t, "mkdir /tmp/count")

@@ -17,6 +17,7 @@ import (
 // every one gets all that is its own: a tenth of the watchers what all the
 // commands do, the others what one does.
 func TestManyAtOnce(t *testing.T) {
+	t.Parallel()
 	const commands, watchers = 500, 200
 	b := newBox(t, program.Start(t, program.Options{MemoryMB: 2048}), 10*time.Minute)
 	b.Out(t, "mkdir -p /tmp/many; for i in $(seq 0 499); do mkdir /tmp/one$i; done; mkfifo /tmp/gate")

@@ -124,6 +124,7 @@ func (b *box) attacks(ctx context.Context, dir, name string) map[string]func() s
 // As the account, no operation changes, replaces, removes or reads what is
 // root's, by whatever path it is named.
 func TestIdentity(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	b.root(t, victims)
 	b.Out(t, `mkdir loot; ln -s /srv/v/open link; ln -s /srv/v/closed closed; ln -s /srv/v/closed/secret direct; mkdir real; ln /srv/v/open/shown real/hard 2>/dev/null; true`)
@@ -184,6 +185,7 @@ X`
 // While a directory is exchanged for a link to root's, no operation in it
 // reaches root's.
 func TestSwapRace(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	b.root(t, victims)
 	b.Out(t, swapper+"\nmkdir -p loot")

@@ -55,6 +55,7 @@ func (b *box) get(t *testing.T, method, path string, headers map[string]string) 
 // The routes beside files and services answer as contracted, to those who may
 // ask.
 func TestRoutes(t *testing.T) {
+	t.Parallel()
 	server := program.Start(t, program.Options{})
 	s := server.Client().Make(t, 10*time.Minute, map[string]any{"envVars": map[string]string{"GREETING": "hello"}})
 	b := &box{Sandbox: s, proxy: server.Proxy}
@@ -123,6 +124,7 @@ func TestRoutes(t *testing.T) {
 
 // Files are served with ranges, conditions, types and compression.
 func TestFileHeaders(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	if err := b.Write(t.Context(), "/tmp/a b.txt", []byte("0123456789")); err != nil {
 		t.Fatal(err)
@@ -164,6 +166,7 @@ func TestFileHeaders(t *testing.T) {
 // A client of another codec, in binary, gets the same; silent streams give
 // signs of life; deadlines end what was started.
 func TestStreams(t *testing.T) {
+	t.Parallel()
 	b := newBox(t, program.Start(t, program.Options{}), 10*time.Minute)
 	ctx := t.Context()
 	binary := processconnect.NewProcessClient(b.http, b.proxy)

@@ -28,6 +28,7 @@ const domain = "sbx.example"
 // Each official client uses everything it has for commands, terminals, files,
 // watches, git and signed URLs.
 func TestClients(t *testing.T) {
+	t.Parallel()
 	server := program.Start(t, program.Options{Pool: 1, Args: []string{"--domain", domain}})
 	for _, c := range sdk.Clients {
 		t.Run(c.Name, func(t *testing.T) {

@@ -109,31 +109,24 @@ func Start(t testing.TB, o Options) *Server {
 }
 
 // seeds are prepared data directories, by the sizes of their template.
-var seeds = map[[2]int]string{}
+var (
+	seeding sync.Mutex
+	seeds   = map[[2]int]string{}
+)
 
 // plant fills the data directory with what a server that made the base
 // template has left after `cay down`.
 func (s *Server) plant() error {
-	key := [2]int{s.opts.MemoryMB, s.opts.DiskMB}
-	if seeds[key] == "" {
-		seed, err := newProgram(Options{MemoryMB: s.opts.MemoryMB, DiskMB: s.opts.DiskMB})
-		if err != nil {
-			return err
-		}
-		if err := seed.up(); err != nil {
-			return err
-		}
-		if err := seed.stop(); err != nil {
-			return err
-		}
-		seeds[key] = seed.Dir
+	seed, err := seedOf(s.opts.MemoryMB, s.opts.DiskMB)
+	if err != nil {
+		return err
 	}
-	from := os.DirFS(seeds[key])
+	from := os.DirFS(seed)
 	if err := os.Mkdir(s.Dir, 0o711); err != nil {
 		return err
 	}
 	for _, name := range []string{"credentials.json", "cay.db"} {
-		if err := copyFile(filepath.Join(s.Dir, name), filepath.Join(seeds[key], name), 0o600); err != nil {
+		if err := copyFile(filepath.Join(s.Dir, name), filepath.Join(seed, name), 0o600); err != nil {
 			return err
 		}
 	}
@@ -147,8 +140,30 @@ func (s *Server) plant() error {
 		if e.IsDir() {
 			return os.Mkdir(to, 0o700)
 		}
-		return os.Link(filepath.Join(seeds[key], path), to)
+		return os.Link(filepath.Join(seed, path), to)
 	})
+}
+
+// seedOf returns the prepared data directory for a size, which it makes first
+// if it must.
+func seedOf(memoryMB, diskMB int) (string, error) {
+	seeding.Lock()
+	defer seeding.Unlock()
+	key := [2]int{memoryMB, diskMB}
+	if seeds[key] == "" {
+		seed, err := newProgram(Options{MemoryMB: memoryMB, DiskMB: diskMB})
+		if err != nil {
+			return "", err
+		}
+		if err := seed.up(); err != nil {
+			return "", err
+		}
+		if err := seed.stop(); err != nil {
+			return "", err
+		}
+		seeds[key] = seed.Dir
+	}
+	return seeds[key], nil
 }
 
 func newProgram(o Options) (*Server, error) {

@@ -22,6 +22,9 @@ func TestMain(m *testing.M) { program.Main(m, Install) }
 func TestClients(t *testing.T) {
 	server := program.Start(t, program.Options{Pool: 2})
 	for _, c := range Clients {
-		t.Run(c.Name, func(t *testing.T) { c.Exercise(t, server, scenarios) })
+		t.Run(c.Name, func(t *testing.T) {
+			t.Parallel()
+			c.Exercise(t, server, scenarios)
+		})
 	}
 }
