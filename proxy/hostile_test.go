@@ -316,3 +316,30 @@ func TestCloseUnused(t *testing.T) {
 	}
 	s.Cut("i1", "x1")
 }
+
+// A client that ends its side before there is an answer gets none: an empty one
+// would tell it that an upload that broke off has worked.
+func TestNoAnswerToHalfARequest(t *testing.T) {
+	w := newWorld(t, nil)
+	r := w.sandbox(nil)
+	came, left := make(chan struct{}, 1), make(chan struct{})
+	w.guest(r, 8080, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		came <- struct{}{}
+		<-left
+	}))
+	defer close(left)
+	conn, err := net.Dial("tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: localhost\r\n%s: %s\r\n%s: 8080\r\n\r\n", headerSandbox, r.Sandbox, headerPort)
+	<-came
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(time.Minute))
+	if got, err := io.ReadAll(conn); len(got) > 0 {
+		t.Errorf("the answer is %q, %v", got, err)
+	}
+}

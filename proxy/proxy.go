@@ -427,7 +427,9 @@ func (s *Server) failed(w http.ResponseWriter, r *http.Request, t target, c *con
 		return
 	}
 	if r.Context().Err() != nil {
-		return // the client went away; there is nobody to answer
+		// The client went away, or sends no more: a body that broke off is no
+		// request that was answered, which an empty answer would say.
+		panic(http.ErrAbortHandler)
 	}
 	s.log.Debug("the sandbox gave no answer", "sandbox", t.sandbox, "port", t.port, "error", err)
 	switch {

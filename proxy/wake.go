@@ -115,7 +115,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, t target, err er
 	case errors.Is(err, errFull):
 		tooMany(t.sandbox, s.up.limit).write(w, r)
 	case r.Context().Err() != nil:
-		// nobody waits for an answer
+		panic(http.ErrAbortHandler) // the client went away, and an empty answer would be a success
 	case errors.Is(err, errFullOfParked):
 		parkFull(t.sandbox).write(w, r)
 	case code == cay.CodeForbidden && t.port != envdPort && r.Header.Get(headerTraffic) == "":

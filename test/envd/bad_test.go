@@ -256,7 +256,7 @@ func TestBrokenUpload(t *testing.T) {
 		said, _ := io.ReadAll(io.LimitReader(conn, 1<<16)) // a reset is an answer, too
 		conn.Close()
 		if strings.HasPrefix(string(said), "HTTP/1.1 2") {
-			t.Errorf("%s: the answer is %.60q", c.name, said)
+			t.Errorf("%s: the answer is %.900q", c.name, said)
 		}
 		program.Eventually(t, 15*time.Second, func() string {
 			if got := b.Out(t, "cat /tmp/old; find /tmp -name '.envd-*'"); got != "old\n" {
