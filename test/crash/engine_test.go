@@ -165,6 +165,7 @@ func TestKillPointsOfTheEngine(t *testing.T) {
 	k := &trial{t: t, srv: srv, c: srv.c}
 	k.stand() // what the first sandboxes leave for the next ones is no leak
 	k.dismiss()
+	srv.c.Vanish() // its idle connections are its own, as many as there were requests at a time
 	before := invariant.Steady(t, time.Minute, program.Scope(srv.Dir))
 	k.stand()
 	for _, p := range points {
@@ -189,5 +190,6 @@ func TestKillPointsOfTheEngine(t *testing.T) {
 			}
 		}
 	}
+	srv.c.Vanish()
 	invariant.Settle(t, time.Minute, program.Scope(srv.Dir), before)
 }
