@@ -3,8 +3,8 @@
 // command line with the same image and configuration, and envd as a process of
 // this machine.
 //
-//	make bench                       5 to 10 minutes, as root
-//	go run ./bench -quick            about a minute: too short to promise anything
+//	make bench                       about 20 minutes, as root
+//	go run ./bench -quick            a few minutes: too short to promise anything
 //
 // It starts the real bin/cay on private data directories below /var/tmp, prints
 // a table, and keeps the figures as JSON in bench/results. Times are taken with

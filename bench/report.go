@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -56,13 +57,15 @@ var sections = []section{
 	{"Work and end", []string{runTrue, sdkRun, call, kill, sdkKill, killClean}},
 	envdSection,
 	proxySection,
+	pauseSection,
 	{"Server", []string{upEmpty}},
 	{"Yardsticks of the same run", []string{bareRun, bareReady, bareExec, bareDelete, nativeReady}},
 }
 
 // figureRows are the single numbers, in the order of the table.
 var figureRows = []string{rateCold, ratePool, idleMemory, idlePSS, idleSentry, idleGofer, idleStubs, idleGrowth, idleCgroup, idleHost, idleCPU, upFull,
-	proxyRate, nginxRate, proxyRatio, proxyCPU, nginxCPU, streamCost, sizeCay, sizeEnvd}
+	proxyRate, nginxRate, proxyRatio, proxyCPU, nginxCPU, streamCost,
+	pausedProcesses, pausedMemory, pausedGrowth, sizeCay, sizeEnvd}
 
 // print writes the report for people.
 func (r Report) print(w io.Writer) {
@@ -147,12 +150,12 @@ func (r Report) missed() int {
 
 // number writes a figure with three digits that say something.
 func number(v float64) string {
-	switch {
-	case v >= 100 || v == float64(int64(v)):
+	switch size := math.Abs(v); {
+	case size >= 100 || v == float64(int64(v)):
 		return strconv.FormatFloat(v, 'f', 0, 64)
-	case v >= 10:
+	case size >= 10:
 		return strconv.FormatFloat(v, 'f', 1, 64)
-	case v >= 0.1:
+	case size >= 0.1:
 		return strconv.FormatFloat(v, 'f', 2, 64)
 	}
 	return strconv.FormatFloat(v, 'f', 3, 64)

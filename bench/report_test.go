@@ -83,3 +83,12 @@ func TestSave(t *testing.T) {
 		t.Errorf("a quick run: %s, %v", path, err)
 	}
 }
+
+func TestNumber(t *testing.T) {
+	for v, want := range map[float64]string{0: "0", 0.0421: "0.042", 0.125: "0.12", 12.34: "12.3", 211.178: "211", 7: "7",
+		-0.042: "-0.042", -0.998: "-1.00", -12.34: "-12.3", -211.178: "-211"} {
+		if got := number(v); got != want {
+			t.Errorf("%v is written %s, want %s", v, got, want)
+		}
+	}
+}

@@ -20,6 +20,7 @@ import (
 // options say how long a run takes.
 type options struct {
 	rounds   int           // of the interleaved measurements
+	heavy    int           // of those, rounds of pauses that take seconds
 	idle     int           // sandboxes that do nothing
 	restarts int           // of the server
 	rest     time.Duration // from the making of idle sandboxes to their measurement
@@ -30,20 +31,22 @@ type options struct {
 }
 
 var (
-	full  = options{rounds: 100, idle: 50, restarts: 5, rest: 5 * time.Second, watch: 20 * time.Second, sustain: 15 * time.Second, transfer: 1 << 30}
-	quick = options{rounds: 10, idle: 50, restarts: 2, rest: 2 * time.Second, watch: 5 * time.Second, sustain: 5 * time.Second, transfer: 128 << 20}
+	full  = options{rounds: 100, heavy: 10, idle: 50, restarts: 5, rest: 5 * time.Second, watch: 20 * time.Second, sustain: 15 * time.Second, transfer: 1 << 30}
+	quick = options{rounds: 10, heavy: 3, idle: 50, restarts: 2, rest: 2 * time.Second, watch: 5 * time.Second, sustain: 5 * time.Second, transfer: 128 << 20}
 )
 
 // Parts that can be measured alone: the daemon in a sandbox, starts without a
-// pool beside their yardsticks, idle sandboxes, and the proxy.
+// pool beside their yardsticks, idle sandboxes, the proxy, and pauses, resumes
+// and forks.
 const (
 	partEnvd  = "envd"
 	partStart = "start"
 	partIdle  = "idle"
 	partProxy = "proxy"
+	partPause = "pause"
 )
 
-var alone = []string{partEnvd, partStart, partIdle, partProxy}
+var alone = []string{partEnvd, partStart, partIdle, partProxy, partPause}
 
 // run is one run of the benchmark.
 type run struct {
@@ -136,6 +139,9 @@ func (r *run) measure(ctx context.Context) (err error) {
 	if err := r.measureProxy(ctx); err != nil {
 		return err
 	}
+	if err := r.measurePause(ctx); err != nil {
+		return err
+	}
 	for _, t := range []*subject{r.cold, r.pool} {
 		if err := r.sustained(ctx, t); err != nil {
 			return err
@@ -173,6 +179,9 @@ func (r *run) measurePart(ctx context.Context, module string) (err error) {
 	defer func() { err = errors.Join(err, r.yard.close(context.WithoutCancel(ctx))) }()
 	if err := r.yard.open(ctx, r.cold.dir); err != nil {
 		return fmt.Errorf("preparing the yardstick: %w", err)
+	}
+	if r.only == partPause {
+		return r.measurePause(ctx)
 	}
 	return r.interleave(ctx)
 }
