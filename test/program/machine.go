@@ -38,8 +38,16 @@ const workParent = "/var/tmp"
 // Main runs the tests of a package in a machine of their own. prepare, if any,
 // runs before, on the real machine: for what needs the real network. What it
 // puts into the environment reaches the tests.
-func Main(m *testing.M, prepare ...func() error) {
-	run(m, func() error {
+//
+// Other packages may run their tests at the same time, on machines of theirs.
+func Main(m *testing.M, prepare ...func() error) { mainOf(m, unix.LOCK_SH, prepare) }
+
+// Alone is Main for tests that promise times: no other whole-program package
+// of the repository runs its tests meanwhile.
+func Alone(m *testing.M, prepare ...func() error) { mainOf(m, unix.LOCK_EX, prepare) }
+
+func mainOf(m *testing.M, how int, prepare []func() error) {
+	run(m, how, func() error {
 		if _, err := os.Stat(Binary()); err != nil {
 			return fmt.Errorf("the program under test is missing; run `make build`, or set CAY_BIN: %w", err)
 		}
@@ -53,9 +61,9 @@ func Main(m *testing.M, prepare ...func() error) {
 }
 
 // Bare is Main for tests that need the machine and no program.
-func Bare(m *testing.M) { run(m, func() error { return nil }) }
+func Bare(m *testing.M) { run(m, unix.LOCK_SH, func() error { return nil }) }
 
-func run(m *testing.M, prepare func() error) {
+func run(m *testing.M, how int, prepare func() error) {
 	switch os.Getenv(stageEnv) {
 	case stageInit:
 		os.Exit(initMachine())
@@ -73,11 +81,11 @@ func run(m *testing.M, prepare func() error) {
 		}
 		os.Exit(m.Run())
 	}
-	os.Exit(outside(prepare))
+	os.Exit(outside(how, prepare))
 }
 
 // outside is the process that `go test` started.
-func outside(prepare func() error) int {
+func outside(how int, prepare func() error) int {
 	fail := func(err error) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -88,14 +96,12 @@ func outside(prepare func() error) int {
 	if err := os.MkdirAll(Cache(), 0o755); err != nil {
 		return fail(err)
 	}
-	// One whole-program package at a time: several of them promise times.
-	unlock, err := lockFile(Cache("test.lock"))
+	unlock, err := lockFile(Cache("test.lock"), how)
 	if err != nil {
 		return fail(err)
 	}
 	defer unlock()
-	removeStale()
-	if err := prepare(); err != nil {
+	if err := inTurn(func() error { removeStale(); return prepare() }); err != nil {
 		return fail(err)
 	}
 	code, err := runMachine(unix.CLONE_NEWPID|unix.CLONE_NEWNS|unix.CLONE_NEWIPC|unix.CLONE_NEWNET, os.Args)
@@ -202,17 +208,36 @@ func dropForeign() error {
 	return nil
 }
 
-// lockFile takes a lock that ends with the process at the latest.
-func lockFile(path string) (unlock func(), err error) {
+// inTurn prepares what packages share: one of them at a time.
+func inTurn(prepare func() error) error {
+	unlock, err := lockFile(Cache("prepare.lock"), unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return prepare()
+}
+
+// lockFile takes a lock that ends with the process at the latest. how is
+// LOCK_SH or LOCK_EX.
+func lockFile(path string, how int) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	if err := flock(int(f.Fd()), how); err != nil {
 		f.Close()
 		return nil, &os.PathError{Op: "flock", Path: path, Err: err}
 	}
 	return func() { f.Close() }, nil
+}
+
+func flock(fd, how int) error {
+	for {
+		if err := unix.Flock(fd, how); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 // removeStale removes what test processes that were killed have left.
