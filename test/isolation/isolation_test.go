@@ -343,20 +343,26 @@ func TestDestinations(t *testing.T) {
 		_, err := netip.ParseAddr(h)
 		return err != nil || strings.HasPrefix(h, "fe80") // neither address nor name, or without a zone
 	})
-	for name, network := range map[string]map[string]any{
+	policies := map[string]map[string]any{
 		"allowed by address": {"denyOut": []string{"0.0.0.0/0"}, "allowOut": append([]string{"10.0.0.0/8", "169.254.0.0/16", "127.0.0.0/8", "fc00::/7"}, all...)},
 		"by name":            {"denyOut": []string{"0.0.0.0/0"}, "allowOut": append([]string{"localhost", "*.example", "10.0.0.0/8", "169.254.0.0/16"}, all...)},
 		"with a rule":        {"rules": map[string]any{"*.example": []any{map[string]any{"transform": map[string]any{"headers": map[string]any{"X": "y"}}}}}},
 		"through a proxy":    {"egressProxy": map[string]any{"address": program.Uplink.String() + ":" + fmt.Sprint(port)}},
-	} {
-		s := c.Make(t, 10*time.Minute, map[string]any{"network": network})
-		for d, said := range try(t, s, ds) {
-			if strings.Contains(said, "this is") {
-				t.Errorf("from inside, %s, %s is %s", name, d, said)
-			}
-		}
-		unheard(t, ds, host, world)
 	}
+	t.Run("policies", func(t *testing.T) {
+		for name, network := range policies {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				s := c.Make(t, 10*time.Minute, map[string]any{"network": network})
+				for d, said := range try(t, s, ds) {
+					if strings.Contains(said, "this is") {
+						t.Errorf("from inside, %s is %s", d, said)
+					}
+				}
+			})
+		}
+	})
+	unheard(t, ds, host, world)
 }
 
 // unheard checks that no datagram to the destinations has arrived anywhere.
