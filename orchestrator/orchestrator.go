@@ -345,7 +345,13 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 		g.rec.StartedAt, g.rec.Deadline = began, c.Deadline
 	}
 	op := g.op
+	// The guest's memory may be that of another one, which knows its token.
+	// Should the server end before the guest has the new one, and is who the
+	// record says: its sandbox was told to nobody then, and the guest goes.
+	addr, old := g.addr(), g.rec.ControlToken
+	g.rec.ControlToken, g.rec.Untold = newToken(), true
 	if err := o.moveLocked(g, running); err != nil {
+		g.rec.ControlToken, g.rec.Untold = old, false
 		alive := g.rec.Phase == booting || g.rec.Phase == pooled
 		o.mu.Unlock()
 		if alive {
@@ -354,17 +360,8 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 		return o.diedDuring(ctx, g, "taking its configuration")
 	}
 	o.bySbx[c.ID] = g
-	addr := g.addr()
-	// The guest's memory may be that of another one, which knows its token.
-	// Should the server end before the guest has the new one: its sandbox was
-	// told to nobody then, and goes.
-	g.rec.ControlToken = newToken()
-	err = o.writeLocked(op, g.rec, "token")
 	token := g.rec.ControlToken
 	o.mu.Unlock()
-	if err != nil {
-		return storageError("write the node's record of the sandbox", err)
-	}
 	o.Fault.Pass(op, "init.before")
 	config := guestConfig(g.rec.Execution, token, c, m, began)
 	config.CABundle = bundle
@@ -384,6 +381,18 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 			Message: "envd in the guest did not take its configuration: " + err.Error(),
 			Fix:     "try again; if it stays, rebuild the template with `cay template refresh`",
 			Detail:  o.consoleDetail(ctx, g), Err: err}
+	}
+	o.mu.Lock()
+	if g.rec.Phase == running { // else it has ended, and publish says so
+		next := g.rec
+		next.Untold = false
+		if err = o.writeLocked(op, next, "told"); err == nil {
+			g.rec.Untold = false
+		}
+	}
+	o.mu.Unlock()
+	if err != nil {
+		return storageError("write the node's record of the sandbox", err)
 	}
 	o.Fault.Pass(op, "route.before")
 	err = o.publish(ctx, g)

@@ -15,8 +15,9 @@ import (
 //   - running and the engine lives: adopt, route, watch.
 //   - saving: finish the pause whose snapshot is whole, undo any other.
 //   - pooled and the engine lives: adopt into the pool.
-//   - booting, ending, or the engine is gone: roll forward to removal; a
-//     sandbox's end is reported with its reason.
+//   - booting, running but not told yet what it is, ending, or the engine is
+//     gone: roll forward to removal; a sandbox's end is reported with its
+//     reason.
 //   - an engine instance, a disk or a slot that no record names: remove.
 func (o *Orchestrator) reconcile(ctx context.Context) error {
 	recs, errs := o.records.readAll()
@@ -60,7 +61,7 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		}
 		in, known := live[r.Execution]
 		lives := known && (in.State == runtime.Running || in.State == runtime.Frozen)
-		keep := lives && (r.Phase == running || r.Phase == saving || (r.Phase == pooled && r.Sandbox == "" && o.PoolSize > 0))
+		keep := lives && !r.Untold && (r.Phase == running || r.Phase == saving || (r.Phase == pooled && r.Sandbox == "" && o.PoolSize > 0))
 		if !keep {
 			if known && in.Exit != nil {
 				g.exit = *in.Exit
@@ -112,14 +113,14 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 // endRecovered removes what an earlier run left of a guest.
 func (o *Orchestrator) endRecovered(g *guest) {
 	reason, msg := g.exit.Reason, g.exit.Message
-	switch g.rec.Phase {
-	case booting:
+	switch {
+	case g.rec.Phase == booting, g.rec.Phase == running && g.rec.Untold:
 		reason, msg = cay.EndStartFailed, "the server stopped while the sandbox started"
-	case saving:
+	case g.rec.Phase == saving:
 		if _, _, err := o.snapshots.load(g.rec.Saving); err == nil && g.rec.SavePauses {
 			reason, msg = cay.EndPaused, "" // the snapshot is whole, so nothing is lost
 		}
-	case ending:
+	case g.rec.Phase == ending:
 		// The removal was under way: go on with it, with its own reason.
 		o.wg.Go(func() { o.remove(context.WithoutCancel(o.life), g) })
 		return

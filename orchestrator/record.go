@@ -70,6 +70,10 @@ type record struct {
 	Restored bool           `json:"restored,omitempty"`
 	Degraded string         `json:"degraded,omitempty"`
 
+	// Untold: the guest has not been told yet which sandbox it is, nor its new
+	// control token. It is given to nobody before that.
+	Untold bool `json:"untold,omitempty"`
+
 	// Set when the guest belongs to a sandbox.
 	Sandbox      cay.SandboxID  `json:"sandbox,omitempty"`
 	Team         cay.TeamID     `json:"team,omitempty"`

@@ -79,11 +79,11 @@ func Points() []string {
 		"directory.before-sync", "manifest.before-rename", "manifest.before-publish", "manifest.after"}
 	gone := []string{"record.before-remove", "record.gone"}
 
-	add(Create, around("api.row"), record("booting"), record("host"), engineUp(), record("running"), record("token"), around("api.outcome"), around("undo.api"))
+	add(Create, around("api.row"), record("booting"), record("host"), engineUp(), record("running"), record("told"), around("api.outcome"), around("undo.api"))
 	add(Pause, around("api.intent"), record("saving"), around("hold-back", "sync"), begun(), published,
 		record("ending"), removed(), around("half-gone"), gone, around("api.outcome"),
 		around("undo.drop", "undo.go-on"), record("undo"), around("undo.api"))
-	add(Resume, around("api.intent"), record("booting"), record("host"), engineUp(), around("verify"), record("running"), record("token"),
+	add(Resume, around("api.intent"), record("booting"), record("host"), engineUp(), around("verify"), record("running"), record("told"),
 		around("api.outcome"), around("undo.api"))
 	add(Snapshot, around("api.intent"), record("saving"), begun(), around("thaw"), published, around("go-on"), record("running"),
 		around("api.row", "api.outcome"), around("undo.drop"))

@@ -100,6 +100,10 @@ var operations = map[string]operation{
 			k.oneOf(k.box, ok, "running", "paused")
 			k.connect(k.box)
 			k.remembers(k.box)
+			// And it can be paused and resumed again.
+			k.must(k.post("/sandboxes/"+k.box+"/pause", nil, nil))
+			k.connect(k.box)
+			k.remembers(k.box)
 		},
 	},
 	"snapshot": {
