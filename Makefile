@@ -30,9 +30,11 @@ build: deps guest engine ## build bin/cay and bin/envd
 
 # The binaries inside every sandbox are part of the cay binary. Their content
 # depends on the source only, so that their digest names a version of them.
+# gVisor counts a process's memory in steps of 2 MiB: a heap that begins at an
+# address by chance would touch more of them (envd/DESIGN.md, Memory).
 .PHONY: guest
 guest:
-	@$(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/envd ./cmd/envd
+	@GOEXPERIMENT=norandomizedheapbase64 $(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/envd ./cmd/envd
 	@$(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/init ./cmd/init
 
 # The program that sandboxes are processes of, packed. It is compressed only
@@ -54,7 +56,7 @@ engine:
 build-arm64: export GOARCH := arm64
 build-arm64: deps ## build bin/linux-arm64/cay and envd
 	@mkdir -p bin/linux-arm64
-	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
+	@GOEXPERIMENT=norandomizedheapbase64 $(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/init ./cmd/init
 	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/gofer ./cmd/gofer
 	@printf '{"Replace":{"cmd/engine/gofer/gofer":"bin/linux-arm64/gofer"}}' >bin/linux-arm64/overlay.json
