@@ -13,14 +13,14 @@ import (
 	"github.com/cayhq/cay/test/program"
 )
 
-// 500 commands run at the same time beside 200 watchers of one sandbox, and
-// every one gets all that is its own: a tenth of the watchers what all the
+// 500 commands run at the same time beside 200 watchers of one sandbox, every
+// day half as many, and every one gets all that is its own: a tenth of the watchers what all the
 // commands do, the others what one does.
 func TestManyAtOnce(t *testing.T) {
 	t.Parallel()
-	const commands, watchers = 500, 200
+	commands, watchers := program.Sized(250, 500), program.Sized(100, 200)
 	b := newBox(t, program.Start(t, program.Options{MemoryMB: 2048}), 10*time.Minute)
-	b.Out(t, "mkdir -p /tmp/many; for i in $(seq 0 499); do mkdir /tmp/one$i; done; mkfifo /tmp/gate")
+	b.Out(t, fmt.Sprintf("mkdir -p /tmp/many; for i in $(seq 0 %d); do mkdir /tmp/one$i; done; mkfifo /tmp/gate", commands-1))
 	ctx := t.Context()
 
 	var watching, running errgroup.Group
@@ -90,7 +90,7 @@ func TestManyAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 	// The gate opens for all: whoever opened it to read finds no writer any more.
-	b.Out(t, `exec 3<>/tmp/gate; for i in $(seq 500); do echo x >&3; done; while [ $(pgrep -fc 'touch /tmp/many') -gt 1 ]; do sleep 0.1; done`)
+	b.Out(t, fmt.Sprintf("n=%d", commands)+`; exec 3<>/tmp/gate; for i in $(seq $n); do echo x >&3; done; while [ $(pgrep -fc 'touch /tmp/many') -gt 1 ]; do sleep 0.1; done`)
 	if err := running.Wait(); err != nil {
 		t.Error(err)
 	}

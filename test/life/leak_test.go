@@ -114,7 +114,7 @@ func (y *cycles) kill() {
 // with a server that is killed, nothing is left over a while later; and after
 // `cay down` nothing at all.
 func TestNothingIsLeft(t *testing.T) {
-	n := program.Sized(100, 1000)
+	n := program.Sized(60, 1000)
 	luck := random(t)
 	pristine, err := invariant.Take(program.Scope(""))
 	if err != nil {
