@@ -168,6 +168,7 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.mu.Unlock()
 	o.wg.Go(func() { o.fill(o.life) })
 	o.wg.Go(func() { o.measureAll(o.life) })
+	o.wg.Go(func() { o.flushGrown(o.life) })
 	o.wg.Go(func() { o.keepEngines(o.life) })
 	o.wg.Go(func() { o.checkLarge(o.life) })
 	o.lookAtEngines()

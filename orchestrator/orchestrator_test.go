@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -43,6 +44,9 @@ type world struct {
 	savedDir string
 	bulk     []byte // more of a guest's memory, and of its disk, if set
 	cpu      int64  // grows by a second with every look
+
+	written atomic.Int64 // bytes more that every disk holds
+	flushes atomic.Int64
 
 	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
@@ -316,9 +320,12 @@ func (d disks) List(context.Context) ([]string, error) {
 }
 
 func (d disks) saved(name string) string { return filepath.Join(d.savedDir, name+".img") }
-func (d disks) Flush(string) error       { return nil }
+func (d disks) Flush(string) error {
+	d.flushes.Add(1)
+	return d.err("flush")
+}
 func (d disks) Usage(string) (used, total int64, err error) {
-	return 3 << 20, 1 << 30, d.err("usage")
+	return 3<<20 + d.written.Load(), 1 << 30, d.err("usage")
 }
 func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
 	if err := d.err("save"); err != nil {
