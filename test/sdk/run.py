@@ -417,6 +417,8 @@ async def main():
             await do(S.kill)
         except Exception:
             pass  # killed already, by its scenario
+    sys.stdout.flush()
+    os._exit(0)  # how the interpreter ends with the client's threads is not the question
 
 
 asyncio.run(main())
