@@ -146,13 +146,13 @@ const (
 	envdPort   = 49983
 )
 
-// noise writes 1 GiB that does not compress, and has it written back if asked to.
-const noise = `import os, sys
+// noise writes 1 GiB that does not compress, and leaves the node three seconds
+// to write it back if asked to.
+const noise = `import os, sys, time
 b = os.urandom(1 << 20)
 with open("/home/user/written", "wb") as f:
     for _ in range(1024): f.write(b)
-    f.flush()
-    if sys.argv[1] == "back": os.fsync(f.fileno())
+if sys.argv[1] == "back": time.sleep(3)
 `
 
 func (c *client) sandboxCall(ctx context.Context, b box, version, what string, body, into any) error {
