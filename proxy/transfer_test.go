@@ -53,7 +53,7 @@ func TestLongBodies(t *testing.T) {
 	data := make([]byte, 3*longBody+4711)
 	random := rand.NewChaCha8([32]byte{1})
 	_, _ = random.Read(data) // never fails
-	var last string // who asked for the last download
+	var last string          // who asked for the last download
 	w.guest(r, envdPort, http.HandlerFunc(func(rw http.ResponseWriter, q *http.Request) {
 		if q.Method == http.MethodPost {
 			h := sha256.New()
