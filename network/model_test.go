@@ -258,7 +258,9 @@ func TestKernelAgrees(t *testing.T) {
 		}
 		got.mu.Lock()
 		for x := range got.all {
-			if !want[x] && !late[x] {
+			// Connections of tests before this one may still be ending.
+			before := x.protocol == unix.IPPROTO_TCP && (x.to.Addr() == publicAddr || x.to.Addr() == otherAddr)
+			if !want[x] && !late[x] && !before {
 				t.Errorf("round %d, %s: %+v, which the model does not say", round, describe(e), x)
 			}
 		}
