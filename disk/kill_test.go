@@ -3,12 +3,15 @@ package disk
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,9 +24,17 @@ import (
 // until it is killed: "<dir> <digest> <file>".
 const victimEnv = "CAY_DISK_TEST_VICTIM"
 
+// holderEnv turns it into one that stays until its input ends.
+const holderEnv = "CAY_DISK_TEST_HOLDER"
+
 func TestMain(m *testing.M) {
 	if arg := os.Getenv(victimEnv); arg != "" {
 		victim(strings.Fields(arg))
+	}
+	if os.Getenv(holderEnv) != "" {
+		fmt.Println("there")
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -113,4 +124,51 @@ func TestKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// A mount namespace that was made meanwhile holds the pool for as long as it
+// lives; who opens the pool again waits for its end.
+func TestHeldElsewhere(t *testing.T) {
+	dir := newDir(t)
+	d := &Disks{Dir: dir}
+	openDisks(t, d)
+	if d.Capabilities().Design != DesignPool {
+		t.Skip("there is no pool: the file system of the tests clones files itself")
+	}
+	other := exec.Command("/proc/self/exe", "-test.run=^$")
+	stdin, err := other.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.Env = append(os.Environ(), holderEnv+"=1")
+	other.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	out, err := other.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(d.Close(), d.Release(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if len(loopsOf(d.path(poolFile))) == 0 {
+		t.Error("the other namespace does not hold the pool")
+	}
+	short, stop := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer stop()
+	if err := d.Open(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("opened while another namespace had the pool: %v", err)
+	}
+	go func() {
+		<-time.After(300 * time.Millisecond)
+		stdin.Close()
+	}()
+	if err := d.Open(t.Context()); err != nil {
+		t.Error(err)
+	}
+	_ = other.Wait()
 }

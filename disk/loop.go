@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -82,4 +84,19 @@ func openLoop(n, mode int) (*os.File, error) {
 		return nil, fmt.Errorf("make %s: %w", name, err)
 	}
 	return os.OpenFile(name, mode, 0)
+}
+
+// loopsOf returns the names of the loop devices over a file.
+func loopsOf(file string) []string {
+	attrs, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for _, a := range attrs {
+		if b, err := os.ReadFile(a); err == nil && strings.TrimSuffix(string(b), "\n") == file {
+			out = append(out, filepath.Base(filepath.Dir(filepath.Dir(a))))
+		}
+	}
+	return out
 }

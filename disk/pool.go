@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -40,7 +42,13 @@ func (d *Disks) openPool(ctx context.Context) error {
 		d.choose(DesignPool, "adopted: it was mounted already")
 		return nil
 	case statErr == nil:
-		if err := mountXFS(file, pool); err != nil {
+		if err := mountAgain(ctx, file, pool); err != nil {
+			if held := loopsOf(file); len(held) > 0 {
+				return &cay.Error{Code: cay.CodeDiskUnavailable, Layer: cay.LayerStorage,
+					Message: fmt.Sprintf("the pool %s is still mounted in another mount namespace, by way of %s", file, strings.Join(held, ", ")),
+					Fix:     "end the processes that hold it; `grep -l " + pool + " /proc/*/mountinfo` finds them",
+					Detail:  map[string]string{"path": file}, Err: err}
+			}
 			return &cay.Error{Code: cay.CodeDiskUnavailable, Layer: cay.LayerStorage,
 				Message: "the pool " + file + " cannot be mounted: " + err.Error(),
 				Fix:     "repair it with xfs_repair; or, if no paused sandbox is worth keeping, remove it",
@@ -112,6 +120,27 @@ func (d *Disks) makePool(ctx context.Context) error {
 		return errors.Join(err, os.Remove(file))
 	}
 	return nil
+}
+
+// heldFor is how long a pool that another mount namespace still has is waited
+// for: one that was made while the pool was mounted has a mount of its own
+// until its last process is gone.
+const heldFor = 10 * time.Second
+
+// mountAgain mounts a pool that was mounted before. XFS refuses to be mounted
+// twice by way of two loop devices, for its own good.
+func mountAgain(ctx context.Context, file, dir string) error {
+	for end := time.Now().Add(heldFor); ; {
+		err := mountXFS(file, dir)
+		if !errors.Is(err, unix.EINVAL) || len(loopsOf(file)) == 0 || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 func mountXFS(file, dir string) error {

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -8,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +23,24 @@ import (
 
 // inHost marks the run of the tests inside a host of their own.
 const inHost = "CAY_NETWORK_TEST_HOST"
+
+// dropLoopMounts detaches the file systems of other tests that a new mount
+// namespace has too, so that their owners can unmount them for good.
+func dropLoopMounts() error {
+	f, err := os.Open("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		if w := strings.Fields(sc.Text()); len(w) > 1 && strings.HasPrefix(w[0], "/dev/loop") {
+			if err := unix.Unmount(w[1], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+				return fmt.Errorf("%s: %w", w[1], err)
+			}
+		}
+	}
+	return nil
+}
 
 // TestMain runs the tests in network and mount namespaces of their own: the
 // machine's links, rules and settings are not touched.
@@ -50,6 +70,10 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(victimDir); dir != "" {
 		victim(dir)
 		return
+	}
+	if err := dropLoopMounts(); err != nil {
+		fmt.Fprintln(os.Stderr, "letting go of the machine's mounts:", err)
+		os.Exit(1)
 	}
 	if err := makeWorld(); err != nil {
 		fmt.Fprintln(os.Stderr, "making the tests' host:", err)
