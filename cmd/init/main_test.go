@@ -201,8 +201,12 @@ for s in HUP INT QUIT ABRT USR1 USR2 PIPE ALRM TERM STKFLT CHLD XCPU IO PWR SYS 
 grep SigIgn /proc/self/status; echo sent; exec sleep 1000
 `)
 	c.until(t, "sent")
-	if !strings.Contains(c.String(), "SigIgn:\t0000000000000000") {
-		t.Error("a child ignores signals")
+	// Signals 32 to 34 are the C library's own, which neither it nor Go lets a
+	// program set; `go run` has the first one ignored.
+	_, status, _ := strings.Cut(c.String(), "SigIgn:\t")
+	ignored, err := strconv.ParseUint(strings.TrimSpace(status[:min(16, len(status))]), 16, 64)
+	if err != nil || ignored&^(7<<31) != 0 {
+		t.Errorf("a child ignores signals %#x, %v", ignored, err)
 	}
 	if err := unix.Kill(pid, 0); err != nil {
 		t.Errorf("PID 1 is gone: %v", err)
