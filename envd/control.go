@@ -82,6 +82,10 @@ func (s *Server) Control() http.Handler {
 			if allow(w, r, http.MethodPost) {
 				s.serveTrust(w, r)
 			}
+		case "/upgrade":
+			if allow(w, r, http.MethodPost) {
+				s.upgrade(w, r)
+			}
 		case "/freeze", "/fsfreeze":
 			if allow(w, r, http.MethodPost) {
 				s.freeze(w, true)

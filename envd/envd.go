@@ -73,6 +73,9 @@ type Config struct {
 	// one, which then goes on with the same configuration. It holds the access
 	// token: only the system may be able to open it. nil: nothing is kept.
 	State *os.File
+	// Keeper is a socket to PID 1, which holds for the next envd what processes
+	// are connected to. nil: nobody does.
+	Keeper *os.File
 	// System says that the machine is a guest, which envd may change: its host
 	// name, its clock, and which of its loopback's ports others reach. On a
 	// machine of somebody's own, and in tests, it is left out.
@@ -92,9 +95,11 @@ type Server struct {
 	mu    sync.RWMutex
 	state settings
 
-	inFlight atomic.Int64
-	relMu    sync.Mutex
-	release  *time.Timer
+	inFlight  atomic.Int64
+	transfers atomic.Int64 // of them, files on their way
+	replace   context.CancelFunc
+	relMu     sync.Mutex
+	release   *time.Timer
 
 	digestOnce sync.Once
 	digest     string
@@ -143,6 +148,13 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 		s.log.Warn("memory of envd stays readable for root's tools", "err", err)
 	}
 	s.recall()
+	if s.cfg.Keeper != nil {
+		if err := s.inherit(); err != nil {
+			s.log.Error("processes of the envd before, and those of this one, are lost with it", "err", err)
+		}
+	}
+	ctx, s.replace = context.WithCancel(ctx)
+	defer s.replace()
 	if s.cfg.Cgroup != "" {
 		s.procs.openCgroup(s.cfg.Cgroup)
 	}
@@ -167,6 +179,9 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 	case <-ctx.Done():
 	case err = <-errs:
 	}
+	if err == nil && s.procs.keeper != nil {
+		s.leave(servers)
+	}
 	stop()
 	for _, h := range servers {
 		h.Close()
@@ -174,6 +189,20 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 	s.Close()
 	wg.Wait()
 	return err
+}
+
+// inherit takes over the processes of the envd before this one.
+func (s *Server) inherit() error {
+	k, err := openKeeper(s.cfg.Keeper)
+	if err != nil {
+		return err
+	}
+	s.procs.keeper = k
+	if err := s.procs.takeOver(k); err != nil {
+		s.procs.keeper = nil
+		return err
+	}
+	return nil
 }
 
 // Close ends the watchers and forgets the processes, which live on. It may be

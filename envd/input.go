@@ -65,7 +65,7 @@ func (p *process) input(done <-chan struct{}, in *pb.ProcessInput) error {
 }
 
 // closeStdin ends the standard input; twice is fine.
-func (p *process) closeStdin(done <-chan struct{}) error {
+func (p *process) closeStdin(done <-chan struct{}, keeper *keeperConn) error {
 	if p.pty != nil {
 		return faultf(connect.CodeUnknown, "cannot close the stdin of a process with a terminal; send it Ctrl-D")
 	}
@@ -82,5 +82,6 @@ func (p *process) closeStdin(done <-chan struct{}) error {
 	if err := p.stdin.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return fmt.Errorf("closing stdin: %w", err)
 	}
+	keeper.tell(closeFile, p.pid, []byte{fileStdin}) // else the process would see no end
 	return nil
 }

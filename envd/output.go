@@ -55,6 +55,9 @@ func (p *process) subscribe(over <-chan struct{}) (sub *subscriber, end *pb.Proc
 	}
 	sub = &subscriber{ch: make(chan *pb.ProcessEvent), over: over, gone: make(chan struct{})}
 	p.subs = append(p.subs, sub)
+	if p.orphan != nil {
+		p.orphan.join()
+	}
 	return sub, nil
 }
 
@@ -71,22 +74,27 @@ func (p *process) unsubscribe(sub *subscriber) {
 	}
 }
 
-// broadcast hands an event to every reader and returns when each has it.
-func (p *process) broadcast(ev *pb.ProcessEvent) {
+// broadcast hands an event to every reader and returns when each has it, or
+// when cut is closed. It reports whether one got it, or there was none.
+func (p *process) broadcast(ev *pb.ProcessEvent, cut <-chan struct{}) (taken bool) {
 	p.order.Lock()
 	defer p.order.Unlock()
 	p.mu.Lock()
 	subs := p.subs
 	p.mu.Unlock()
+	taken = len(subs) == 0
 	for _, s := range subs {
 		select {
 		case s.ch <- ev:
+			taken = true
 		case <-s.gone:
 		case <-s.over:
 			// Its time is over, though it may still hang in a write to a
 			// client that does not read.
+		case <-cut:
 		}
 	}
+	return taken || !isClosed(cut)
 }
 
 // finish tells the end. Every event before it is in its readers' hands, so
@@ -107,6 +115,9 @@ type source struct {
 	f    *os.File
 	rc   syscall.RawConn
 	size int // of a piece
+
+	number int // among the process's files
+	event  func([]byte) *pb.ProcessEvent_DataEvent
 }
 
 // take reads what is there: a piece, io.EOF at the end, or EAGAIN.
@@ -173,15 +184,35 @@ func (s source) discard() {
 }
 
 // pump forwards what comes out of a source until its end, or until the process
-// has ended and what follows is not awaited any more. It reports which.
-func (p *process) pump(ps *processes, s source, event func([]byte) *pb.ProcessEvent_DataEvent) (eof bool) {
+// has ended and what follows is not awaited any more, and reports which. It
+// stops when envd leaves: the next one reads on where it stopped.
+func (p *process) pump(ps *processes, s source) (eof bool) {
 	forward := func(b []byte) (enough bool) {
 		ps.stir()
 		began := time.Now()
-		p.broadcast(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: event(b)}})
+		if !p.broadcast(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: s.event(b)}}, ps.leave.cut) {
+			ps.keeper.tell(keepPiece, p.pid, append([]byte{byte(s.number)}, b...))
+		}
 		return p.came(len(b), began)
 	}
+	if p.orphan != nil {
+		held := p.held[s.number]
+		select {
+		case <-p.orphan.joined:
+			p.held[s.number] = nil
+			if len(held) > 0 {
+				forward(held)
+			}
+		case <-ps.leave.begun:
+			if len(held) > 0 {
+				ps.keeper.tell(keepPiece, p.pid, append([]byte{byte(s.number)}, held...))
+			}
+		}
+	}
 	for {
+		if isClosed(ps.leave.begun) {
+			return false
+		}
 		b, err := s.next()
 		if err == nil {
 			if forward(b) {
@@ -191,6 +222,9 @@ func (p *process) pump(ps *processes, s source, event func([]byte) *pb.ProcessEv
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return true
+		}
+		if isClosed(ps.leave.begun) {
+			return false
 		}
 		at := p.patience()
 		if time.Until(at) <= 0 {
@@ -202,6 +236,9 @@ func (p *process) pump(ps *processes, s source, event func([]byte) *pb.ProcessEv
 	// it may pass for it; but not more, or a busy writer would never let the
 	// process end.
 	for left := s.capacity(); left > 0; {
+		if isClosed(ps.leave.begun) {
+			return false
+		}
 		b, err := s.now()
 		if err != nil {
 			return errors.Is(err, io.EOF)
@@ -255,27 +292,33 @@ func ptyData(b []byte) *pb.ProcessEvent_DataEvent {
 func (p *process) follow(ps *processes) {
 	type stream struct {
 		source
-		event func([]byte) *pb.ProcessEvent_DataEvent
-		eof   bool
+		eof bool
 	}
 	var streams []*stream
-	open := func(f *os.File, size int, event func([]byte) *pb.ProcessEvent_DataEvent) {
+	open := func(number, size int, event func([]byte) *pb.ProcessEvent_DataEvent) {
+		f := p.files()[number]
 		if rc, err := f.SyscallConn(); err == nil {
-			streams = append(streams, &stream{source: source{f, rc, size}, event: event})
+			streams = append(streams, &stream{source: source{f, rc, size, number, event}})
 		}
 	}
 	if p.pty != nil {
-		open(p.pty, ptyChunk, ptyData)
+		open(filePTY, ptyChunk, ptyData)
 	} else {
-		open(p.stdout, pipeChunk, stdoutData)
-		open(p.stderr, pipeChunk, stderrData)
+		open(fileStdout, pipeChunk, stdoutData)
+		open(fileStderr, pipeChunk, stderrData)
+	}
+	if !ps.enter(len(streams)) {
+		return // the next envd begins with it
 	}
 	var pumps sync.WaitGroup
 	for _, s := range streams {
-		pumps.Go(func() { s.eof = p.pump(ps, s.source, s.event) })
+		pumps.Go(func() {
+			defer ps.leave.pumps.Done()
+			s.eof = p.pump(ps, s.source)
+		})
 	}
 
-	st, err := p.wait()
+	st, err := p.wait(ps)
 	if p.deadline != nil {
 		p.deadline.Stop()
 	}
@@ -292,27 +335,70 @@ func (p *process) follow(ps *processes) {
 		s.f.SetReadDeadline(now.Add(quietTime))
 	}
 	pumps.Wait()
+	if isClosed(ps.leave.begun) {
+		return // the next envd reads what is left, and tells the end
+	}
 
+	for _, s := range streams {
+		if !s.eof && p.pty == nil {
+			p.dropping.Add(1)
+		}
+	}
 	ps.retire(p)
 	p.finish(endEvent(st, err))
+	if p.stdin != nil {
+		p.stdin.Close() // wakes an input that still waits; twice is harmless
+	}
+	if p.dropping.Load() == 0 {
+		ps.keeper.tell(forgetProcess, p.pid, nil)
+	} else {
+		// The next envd is to know that it has ended, and drop what comes, too.
+		ps.keeper.tellStatus(p.pid, st)
+		ps.keeper.tell(closeFile, p.pid, []byte{fileStdin})
+	}
 	for _, s := range streams {
 		if s.eof || p.pty != nil {
 			s.f.Close() // a terminal's last users are hung up, as when a window closes
-		} else {
-			go s.discard()
+			continue
 		}
-	}
-	if p.stdin != nil {
-		p.stdin.Close() // wakes an input that still waits; twice is harmless
+		go func() {
+			s.discard()
+			if p.dropping.Add(-1) == 0 {
+				ps.keeper.tell(forgetProcess, p.pid, nil)
+			}
+		}()
 	}
 }
 
 // wait returns how the process ended, and reaps it.
-func (p *process) wait() (st syscall.WaitStatus, err error) {
+func (p *process) wait(ps *processes) (st syscall.WaitStatus, err error) {
+	if p.orphan != nil {
+		<-p.orphan.ended
+		if p.orphan.status == lostStatus {
+			err = errLostStatus
+		}
+		return p.orphan.status, err
+	}
 	reap := func(options int) bool {
 		var pid int
 		for {
-			if pid, err = syscall.Wait4(int(p.pid), &st, options, nil); err != unix.EINTR {
+			if options == unix.WNOHANG {
+				// What is reaped while envd leaves is to be told.
+				p.mu.Lock()
+				if isClosed(ps.leave.begun) {
+					p.mu.Unlock()
+					return false // PID 1 will
+				}
+			}
+			pid, err = syscall.Wait4(int(p.pid), &st, options, nil)
+			if options != unix.WNOHANG {
+				p.mu.Lock()
+			}
+			if pid > 0 {
+				p.reaped = &st
+			}
+			p.mu.Unlock()
+			if err != unix.EINTR {
 				return pid != 0
 			}
 		}

@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	pb "github.com/cayhq/cay/internal/gen/envd/process"
@@ -25,6 +27,9 @@ type processes struct {
 	// The cgroups of children; nil: they stay in envd's.
 	cgroup, system *os.File
 
+	keeper *keeperConn // nil: what processes are connected to ends with envd
+	leave  leaving
+
 	mu     sync.Mutex
 	live   map[uint32]*process
 	ended  map[uint32]*process
@@ -35,7 +40,7 @@ type processes struct {
 
 func newProcesses(log *slog.Logger) *processes {
 	return &processes{log: log, active: make(chan struct{}, 1),
-		live: map[uint32]*process{}, ended: map[uint32]*process{}, timers: map[*process]*time.Timer{}}
+		leave: newLeaving(), live: map[uint32]*process{}, ended: map[uint32]*process{}, timers: map[*process]*time.Timer{}}
 }
 
 // openCgroup makes children start in a cgroup v2 directory, and those with the
@@ -153,6 +158,9 @@ func (ps *processes) retire(p *process) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	ps.stir()
+	if p.endedAt.IsZero() {
+		p.endedAt = time.Now()
+	}
 	if ps.live[p.pid] == p {
 		delete(ps.live, p.pid)
 	}
@@ -168,7 +176,7 @@ func (ps *processes) retire(p *process) {
 	if ps.live[p.pid] == nil {
 		ps.ended[p.pid] = p
 	}
-	ps.timers[p] = time.AfterFunc(retain, func() {
+	ps.timers[p] = time.AfterFunc(time.Until(p.endedAt.Add(retain)), func() {
 		ps.mu.Lock()
 		defer ps.mu.Unlock()
 		delete(ps.timers, p)
@@ -185,6 +193,14 @@ type process struct {
 	tag       *string
 	config    *pb.ProcessConfig
 	startedAt time.Time
+	endedAt   time.Time // set when it is retired
+	// deadlineAge is the guest's age at which it is killed; 0: never.
+	deadlineAge time.Duration
+
+	orphan *orphan           // of the envd before this one; nil: our child
+	held   [fileCount][]byte // output that was read and that nobody got
+	// dropping counts the outputs that are read and dropped after the end.
+	dropping atomic.Int32
 
 	exit     *os.File    // readable when the process has ended (a pidfd); nil: the kernel has none
 	deadline *time.Timer // kills the process; nil: never
@@ -198,11 +214,12 @@ type process struct {
 	inClosed bool          // guarded by inMu
 
 	// order makes all subscribers see the same order.
-	order sync.Mutex
-	mu    sync.Mutex
-	subs  []*subscriber
-	end   *pb.ProcessEvent_EndEvent
-	drain drain
+	order  sync.Mutex
+	mu     sync.Mutex
+	reaped *syscall.WaitStatus // once it has ended
+	subs   []*subscriber
+	end    *pb.ProcessEvent_EndEvent
+	drain  drain
 
 	done chan struct{} // closed after the end, when every reader has all output
 }

@@ -583,7 +583,7 @@ func TestStuckSubscriber(t *testing.T) {
 	sub, _ := p.subscribe(t.Context().Done())
 	close(over)
 	go func() {
-		p.broadcast(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: stdoutData([]byte("x"))}})
+		p.broadcast(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: stdoutData([]byte("x"))}}, nil)
 		p.finish(&pb.ProcessEvent_EndEvent{ExitCode: 7})
 	}()
 	if ev := <-sub.ch; string(ev.GetData().GetStdout()) != "x" {

@@ -63,20 +63,18 @@ func (ps *processService) Start(ctx context.Context, req *connect.Request[pb.Sta
 		return rpcError(invalid("the request names no process"))
 	}
 	st := ps.s.settings()
+	until, _ := ctx.Deadline()
 	p, err := ps.s.procs.start(command{
 		config: req.Msg.GetProcess(), tag: req.Msg.Tag, pty: req.Msg.GetPty(),
 		stdin: req.Msg.Stdin == nil || req.Msg.GetStdin(),
-		user:  u, env: st.env, dir: st.workdir,
+		user:  u, env: st.env, dir: st.workdir, until: until,
 	})
 	if err != nil {
 		return rpcError(err)
 	}
 	sub, _ := p.subscribe(ctx.Done())
-	if at, ok := ctx.Deadline(); ok {
-		p.deadline = time.AfterFunc(time.Until(at), p.kill)
-	}
 	go p.follow(ps.s.procs)
-	err = followStream(ctx, p, sub, keepalive(req.Header()), func(ev *pb.ProcessEvent) error {
+	err = followStream(ctx, ps.s.procs.leave.stopped, p, sub, keepalive(req.Header()), func(ev *pb.ProcessEvent) error {
 		return stream.Send(&pb.StartResponse{Event: ev})
 	})
 	return rpcError(err)
@@ -96,7 +94,7 @@ func (ps *processService) Connect(ctx context.Context, req *connect.Request[pb.C
 		}
 		return send(endOf(end))
 	}
-	return rpcError(followStream(ctx, p, sub, keepalive(req.Header()), send))
+	return rpcError(followStream(ctx, ps.s.procs.leave.stopped, p, sub, keepalive(req.Header()), send))
 }
 
 func startEvent(p *process) *pb.ProcessEvent {
@@ -107,8 +105,8 @@ func endOf(e *pb.ProcessEvent_EndEvent) *pb.ProcessEvent {
 	return &pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: e}}
 }
 
-// followStream sends a process's events until the end.
-func followStream(ctx context.Context, p *process, sub *subscriber, every time.Duration, send func(*pb.ProcessEvent) error) error {
+// followStream sends a process's events until the end, or until envd leaves.
+func followStream(ctx context.Context, stopped <-chan struct{}, p *process, sub *subscriber, every time.Duration, send func(*pb.ProcessEvent) error) error {
 	defer p.unsubscribe(sub)
 	if err := send(startEvent(p)); err != nil {
 		return err
@@ -133,6 +131,8 @@ func followStream(ctx context.Context, p *process, sub *subscriber, every time.D
 			}
 		case <-ctx.Done():
 			return contextError(ctx)
+		case <-stopped:
+			return faultf(connect.CodeUnavailable, "envd is being replaced; the process with pid %d goes on: connect to it again", p.pid)
 		}
 		t.Reset(every)
 	}
@@ -217,7 +217,7 @@ func (ps *processService) SendSignal(_ context.Context, req *connect.Request[pb.
 func (ps *processService) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
 	p, err := ps.s.procs.find(req.Msg.GetProcess(), false)
 	if err == nil {
-		err = p.closeStdin(ctx.Done())
+		err = p.closeStdin(ctx.Done(), ps.s.procs.keeper)
 	}
 	if err != nil {
 		return nil, rpcError(err)

@@ -49,6 +49,8 @@ func (s *Server) Public() http.Handler {
 			return
 		case path == "/files":
 			if allow(w, r, http.MethodGet, http.MethodHead, http.MethodPost) {
+				s.transfers.Add(1)
+				defer s.transfers.Add(-1)
 				if r.Method == http.MethodPost {
 					s.upload(w, r)
 				} else {

@@ -39,6 +39,7 @@ type command struct {
 	user   *user
 	env    map[string]string // global environment
 	dir    string            // default directory
+	until  time.Time         // when it is killed; zero: never
 }
 
 // environment is that of a new process: PATH, the account's variables, the
@@ -239,7 +240,13 @@ func (ps *processes) start(c command) (p *process, err error) {
 	}
 	// Best effort: the process may be gone, or the kernel may not have it.
 	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte(oomScore), 0)
+	if !c.until.IsZero() {
+		left := time.Until(c.until)
+		p.deadlineAge = sinceBoot() + left
+		p.deadline = time.AfterFunc(left, p.kill)
+	}
 	ps.add(p)
+	ps.keeper.keep(p)
 	return p, nil
 }
 

@@ -59,6 +59,7 @@ type options struct {
 	controlFD       int
 	tokenFD         int
 	stateFD         int
+	storeFD         int
 	cgroup          string
 	build, instance string
 	system          bool
@@ -77,6 +78,7 @@ func parse(args []string, out io.Writer) (options, error) {
 	fs.IntVar(&o.controlFD, "control-fd", -1, "`descriptor` of a listener that outlives this process, in place of -control")
 	fs.IntVar(&o.tokenFD, "token-fd", -1, "`descriptor` to read the control token from; without one, nobody can use the control address")
 	fs.IntVar(&o.stateFD, "state-fd", -1, "`descriptor` of a file that outlives this process and keeps its configuration for the next")
+	fs.IntVar(&o.storeFD, "store-fd", -1, "`descriptor` of the socket to PID 1, which holds for the next envd what processes are connected to")
 	fs.StringVar(&o.cgroup, "cgroup", "", "cgroup v2 `directory` that users' processes are put into")
 	fs.StringVar(&o.build, "build", "", "`ID` of the build that booted, for the node to compare")
 	fs.StringVar(&o.instance, "instance", "", "`ID` of this boot, for the node to compare")
@@ -165,6 +167,14 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 		defer state.Close()
 		syscall.CloseOnExec(o.stateFD) // no child may have it
 	}
+	var keeper *os.File
+	if o.storeFD >= 0 {
+		if keeper = os.NewFile(uintptr(o.storeFD), "keeper"); keeper == nil {
+			return fmt.Errorf("descriptor %d is not valid", o.storeFD)
+		}
+		defer keeper.Close()
+		syscall.CloseOnExec(o.storeFD)
+	}
 	public, err := listen(ctx, o.publicFD, o.public)
 	if err != nil {
 		return fmt.Errorf("opening the public port: %w", err)
@@ -179,6 +189,6 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
-	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, State: state, System: o.system})
+	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, State: state, Keeper: keeper, System: o.system})
 	return s.Run(ctx, public, control)
 }

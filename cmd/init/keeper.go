@@ -39,51 +39,80 @@ type keeper struct {
 	// listeners are envd's open ports; an envd that is started again finds the
 	// connections that were made meanwhile.
 	listeners []listener
+	store     *store // nil: what envd holds open ends with it
 	now       func() time.Time
 	sleep     func(time.Duration)
 
 	pause time.Duration
 	ends  int
+	trial bool // the next life is the first of another program
 }
+
+// previous is what the program before is called, while another one is tried. A
+// trial ends well when the other one has lived for trialTime.
+const (
+	previous  = ".previous"
+	trialTime = 5 * time.Second
+)
 
 // once starts envd, returns after it has ended and the pause after that, and
 // reaps all the while.
 func (k *keeper) once() {
 	began := k.now()
 	why := ""
-	pid, err := k.start()
+	pid, over, err := k.start()
 	if err != nil {
 		why = "envd cannot be started: " + err.Error()
 	} else {
-		why = "envd ended: " + describe(reapUntil(pid))
+		why = "envd ended: " + describe(k.reapUntil(pid))
+	}
+	if over != nil {
+		k.store.hangUp()
+		<-over
 	}
 	k.ends++
 	lived := k.now().Sub(began)
+	switch {
+	case k.trial && lived < trialTime:
+		if os.Rename(k.path+previous, k.path) == nil { // there may be none
+			why += "; the program before it is back"
+		}
+	case k.trial:
+		_ = os.Remove(k.path + previous) // there may be none
+	}
+	k.trial = false
+	if err == nil && k.store != nil && k.store.handedOver() {
+		k.trial, k.pause = true, 0
+		say("envd handed over to the next after %s (end %d)", lived.Round(time.Millisecond), k.ends)
+		return
+	}
 	k.pause = nextPause(k.pause, lived)
 	say("%s after %s; starting it again in %s (end %d); processes of users go on", why, lived.Round(time.Millisecond), k.pause, k.ends)
 	for until := k.now().Add(k.pause); k.now().Before(until); {
-		_, _, _ = reap(unix.WNOHANG) // whoever ended: envd did already
+		_, _, _ = k.reap(unix.WNOHANG) // whoever ended: envd did already
 		k.sleep(min(reapEvery, k.pause))
 	}
 }
 
 // start starts envd. The token goes through a pipe, which has room for it: so
 // it is in no environment.
-func (k *keeper) start() (int, error) {
+//
+// over is closed when all that this envd said is stored.
+func (k *keeper) start() (pid int, over chan struct{}, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return 0, fmt.Errorf("opening the standard input: %w", err)
+		return 0, nil, fmt.Errorf("opening the standard input: %w", err)
 	}
 	defer null.Close()
 	rd, wr, err := os.Pipe()
 	if err != nil {
-		return 0, fmt.Errorf("making a pipe for the token: %w", err)
+		return 0, nil, fmt.Errorf("making a pipe for the token: %w", err)
 	}
 	defer rd.Close()
 	_, err = wr.WriteString(k.token)
 	wr.Close()
 	if err != nil {
-		return 0, fmt.Errorf("passing the token: %w", err)
+		return 0, nil, fmt.Errorf("passing the token: %w", err)
 	}
 	args := slices.Clone(k.args)
 	files := []uintptr{null.Fd(), 1, 2}
@@ -99,21 +128,35 @@ func (k *keeper) start() (int, error) {
 		args = append(args, fmt.Sprintf("-%s-fd=%d", l.name, len(files)))
 		files = append(files, uintptr(l.fd))
 	}
+	if k.store != nil {
+		theirs, stored, err := k.store.open()
+		if err != nil {
+			say("what envd holds open ends with it: %v", err)
+		} else {
+			over = stored
+			defer unix.Close(theirs)
+			args = append(args, fmt.Sprintf("-store-fd=%d", len(files)))
+			files = append(files, uintptr(theirs))
+		}
+	}
 	// Not os.StartProcess: it waits for children of its own, which reaping
 	// would take away.
-	pid, err := syscall.ForkExec(k.path, args, &syscall.ProcAttr{
+	pid, err = syscall.ForkExec(k.path, args, &syscall.ProcAttr{
 		Dir: "/", Env: k.env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
-		return 0, fmt.Errorf("executing %s: %w", k.path, err)
+		return 0, over, fmt.Errorf("executing %s: %w", k.path, err)
 	}
-	return pid, nil
+	if over != nil {
+		k.store.handOut()
+	}
+	return pid, over, nil
 }
 
 // reapUntil waits for children until a certain one ends.
-func reapUntil(pid int) syscall.WaitStatus {
+func (k *keeper) reapUntil(pid int) syscall.WaitStatus {
 	for {
-		got, st, err := reap(0)
+		got, st, err := k.reap(0)
 		switch {
 		case got == pid:
 			return st
@@ -124,9 +167,12 @@ func reapUntil(pid int) syscall.WaitStatus {
 }
 
 // reap takes one ended child, or with WNOHANG all there are.
-func reap(options int) (pid int, st syscall.WaitStatus, err error) {
+func (k *keeper) reap(options int) (pid int, st syscall.WaitStatus, err error) {
 	for {
 		pid, err = syscall.Wait4(-1, &st, options, nil)
+		if pid > 0 && k.store != nil {
+			k.store.ended(pid, uint32(st))
+		}
 		if err == unix.EINTR || options == unix.WNOHANG && pid > 0 {
 			continue
 		}

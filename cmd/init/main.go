@@ -102,7 +102,8 @@ func main() {
 	if path == "" {
 		path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
-	k := keeper{path: *envd, args: args, env: []string{"PATH=" + path, noProfile}, token: token, listeners: listeners, now: time.Now, sleep: time.Sleep}
+	k := keeper{path: *envd, args: args, env: []string{"PATH=" + path, noProfile}, token: token, listeners: listeners,
+		store: &store{procs: map[uint32]*kept{}, envd: -1}, now: time.Now, sleep: time.Sleep}
 	if fd, err := unix.MemfdCreate("envd", unix.MFD_CLOEXEC); err != nil {
 		say("an envd that is started again will have lost its configuration: %v", err)
 	} else {

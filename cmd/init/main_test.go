@@ -34,6 +34,9 @@ var program = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if os.Getenv(keeperEnv) != "" {
+		keepForTest()
+	}
 	status := m.Run()
 	if path, err := program(); err == nil {
 		os.RemoveAll(filepath.Dir(path))
@@ -126,7 +129,7 @@ esac
 	c.until(t, "listed")
 	text := c.String()
 	for _, want := range []string{
-		"args -system -build=b1 -instance=i1 -token-fd=3 -state-fd=4 -public-fd=5 -control-fd=6\n",
+		"args -system -build=b1 -instance=i1 -token-fd=3 -state-fd=4 -public-fd=5 -control-fd=6 -store-fd=7\n",
 		"token very-secret\n",
 		"cay-init: envd ended: exit status 3 after ", "; starting it again in 50ms (end 1); processes of users go on\n",
 		"cay-init: envd ended: signal: killed (by the kernel for lack of memory, or by root) after ", "in 100ms (end 2)",
@@ -218,7 +221,7 @@ grep SigIgn /proc/self/status; echo sent; exec sleep 1000
 
 func TestMissingEnvd(t *testing.T) {
 	k := keeper{path: "/no/such/envd", args: []string{"/no/such/envd"}, token: "x", now: time.Now, sleep: func(time.Duration) {}}
-	if _, err := k.start(); err == nil || !strings.Contains(err.Error(), "executing /no/such/envd: no such file") {
+	if _, _, err := k.start(); err == nil || !strings.Contains(err.Error(), "executing /no/such/envd: no such file") {
 		t.Errorf("got %v", err)
 	}
 }
