@@ -22,7 +22,7 @@ type failure struct{ name, output string }
 
 // noise is what says nothing about why a test failed: the frame that the
 // testing package prints, and what a server logs.
-var noise = regexp.MustCompile(`^(=== (RUN|PAUSE|CONT|NAME) |--- (FAIL|PASS|SKIP): |FAIL\b|\{"time":|\S+\.go:\d+: the server said:|$)`)
+var noise = regexp.MustCompile(`^(=== (RUN|PAUSE|CONT|NAME) |--- (FAIL|PASS|SKIP): |FAIL\b|\{"time":|time=\d{4}-|\S+\.go:\d+: the server said:|$)`)
 
 // digest returns the lines of a failed test's output that tell why, at most
 // limit of them: the first, where Go puts an assertion, and the last, where

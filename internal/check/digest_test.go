@@ -19,7 +19,8 @@ func TestDigest(t *testing.T) {
 		}
 		return out
 	}
-	server := strings.Repeat(`        {"time":"2026-11-24T18:23:30Z","level":"INFO","msg":"sandbox ended"}`+"\n", 100)
+	server := strings.Repeat(`        {"time":"2026-11-24T18:23:30Z","level":"INFO","msg":"sandbox ended"}`+"\n"+
+		`            time=2026-11-24T20:42:00.259Z level=INFO msg="supervisor up"`+"\n", 100)
 	for _, c := range []struct {
 		name, output string
 		limit        int
