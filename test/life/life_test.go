@@ -18,7 +18,7 @@ import (
 	"github.com/cayhq/cay/test/program"
 )
 
-func TestMain(m *testing.M) { program.Alone(m) }
+func TestMain(m *testing.M) { program.Main(m) }
 
 // random returns a source whose seed is in the test's log, and that
 // CAY_TEST_SEED repeats.

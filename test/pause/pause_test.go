@@ -10,7 +10,7 @@ import (
 	"github.com/cayhq/cay/test/sdk"
 )
 
-func TestMain(m *testing.M) { program.Alone(m, sdk.Install) }
+func TestMain(m *testing.M) { program.Main(m, sdk.Install) }
 
 // scenarios are those that each client goes through, in order.
 var scenarios = []string{

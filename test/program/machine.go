@@ -40,14 +40,8 @@ const workParent = "/var/tmp"
 // puts into the environment reaches the tests.
 //
 // Other packages may run their tests at the same time, on machines of theirs.
-func Main(m *testing.M, prepare ...func() error) { mainOf(m, unix.LOCK_SH, prepare) }
-
-// Alone is Main for tests that promise times: no other whole-program package
-// of the repository runs its tests meanwhile.
-func Alone(m *testing.M, prepare ...func() error) { mainOf(m, unix.LOCK_EX, prepare) }
-
-func mainOf(m *testing.M, how int, prepare []func() error) {
-	run(m, how, func() error {
+func Main(m *testing.M, prepare ...func() error) {
+	run(m, func() error {
 		if _, err := os.Stat(Binary()); err != nil {
 			return fmt.Errorf("the program under test is missing; run `make build`, or set CAY_BIN: %w", err)
 		}
@@ -61,9 +55,9 @@ func mainOf(m *testing.M, how int, prepare []func() error) {
 }
 
 // Bare is Main for tests that need the machine and no program.
-func Bare(m *testing.M) { run(m, unix.LOCK_SH, func() error { return nil }) }
+func Bare(m *testing.M) { run(m, func() error { return nil }) }
 
-func run(m *testing.M, how int, prepare func() error) {
+func run(m *testing.M, prepare func() error) {
 	switch os.Getenv(stageEnv) {
 	case stageInit:
 		os.Exit(initMachine())
@@ -81,11 +75,11 @@ func run(m *testing.M, how int, prepare func() error) {
 		}
 		os.Exit(m.Run())
 	}
-	os.Exit(outside(how, prepare))
+	os.Exit(outside(prepare))
 }
 
 // outside is the process that `go test` started.
-func outside(how int, prepare func() error) int {
+func outside(prepare func() error) int {
 	fail := func(err error) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -96,11 +90,6 @@ func outside(how int, prepare func() error) int {
 	if err := os.MkdirAll(Cache(), 0o755); err != nil {
 		return fail(err)
 	}
-	unlock, err := lockFile(Cache("test.lock"), how)
-	if err != nil {
-		return fail(err)
-	}
-	defer unlock()
 	if err := inTurn(func() error { removeStale(); return prepare() }); err != nil {
 		return fail(err)
 	}
@@ -210,7 +199,7 @@ func dropForeign() error {
 
 // inTurn prepares what packages share: one of them at a time.
 func inTurn(prepare func() error) error {
-	unlock, err := lockFile(Cache("prepare.lock"), unix.LOCK_EX)
+	unlock, err := lockFile(Cache("prepare.lock"))
 	if err != nil {
 		return err
 	}
@@ -218,23 +207,22 @@ func inTurn(prepare func() error) error {
 	return prepare()
 }
 
-// lockFile takes a lock that ends with the process at the latest. how is
-// LOCK_SH or LOCK_EX.
-func lockFile(path string, how int) (unlock func(), err error) {
+// lockFile takes a lock that ends with the process at the latest.
+func lockFile(path string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := flock(int(f.Fd()), how); err != nil {
+	if err := flock(int(f.Fd())); err != nil {
 		f.Close()
 		return nil, &os.PathError{Op: "flock", Path: path, Err: err}
 	}
 	return func() { f.Close() }, nil
 }
 
-func flock(fd, how int) error {
+func flock(fd int) error {
 	for {
-		if err := unix.Flock(fd, how); !errors.Is(err, unix.EINTR) {
+		if err := unix.Flock(fd, unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}
