@@ -275,7 +275,17 @@ func (e e2b) connects(t *testing.T, one string) {
 	})
 	s.types(t, "echo begun; sleep 1000\n")
 	s.sees(t, `\nbegun`)
-	s.types(t, "\x03")
+	// Before the shell has given the terminal to sleep, the key interrupts
+	// nothing.
+	program.Eventually(t, 30*time.Second, func() string {
+		s.types(t, "\x03")
+		time.Sleep(200 * time.Millisecond)
+		s.types(t, "echo int''errupted\n")
+		if time.Sleep(200 * time.Millisecond); !strings.Contains(s.String(), "\ninterrupted") {
+			return "the command was not interrupted: " + s.String()
+		}
+		return ""
+	})
 	s.types(t, "exit 0\n")
 	s.ends(t)
 	if !strings.Contains(s.String(), "Closing terminal connection to sandbox "+one) {
