@@ -16,7 +16,7 @@ import (
 
 // stages lists what is done, quickest first as far as one needs another.
 func (c *check) stages() []stage {
-	unit, engine, program := []string{"-timeout", "10m"}, []string{"-timeout", "15m"}, []string{"-p", "2", "-timeout", "20m"}
+	unit, engine, program := []string{"-timeout", "15m"}, []string{"-timeout", "15m"}, []string{"-p", "2", "-timeout", "20m"}
 	if c.nightly {
 		unit, engine, program = []string{"-timeout", "60m", "-count", "5"}, []string{"-timeout", "60m", "-count", "3"}, []string{"-p", "1", "-timeout", "80m", "-count", "1"}
 	}
