@@ -243,3 +243,29 @@ func FuzzAccounts(f *testing.F) {
 		}
 	})
 }
+
+// FuzzKept: nothing that PID 1 may hand over, or a process's own configuration
+// in it, stops the next envd.
+func FuzzKept(f *testing.F) {
+	f.Add([]byte{})
+	f.Add([]byte{keepProcess, 7, 0, 0})
+	f.Add(append([]byte{keepProcess, 7, 0, 0, 0, 0}, `{"config":{"cmd":"x"},"end":{"exitCode":7},"ended":"2026-01-02T03:04:05Z"}`...))
+	f.Add(append([]byte{keepProcess, 7, 0, 0, 0, 6}, `{"config":{"cmd":"x","envs":{"a":"b"}},"tag":"t","deadline":5}`...))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := parsePacket(b)
+		if err != nil {
+			if len(b) >= messageHead {
+				t.Errorf("%x: %v", b, err)
+			}
+			return
+		}
+		p, err := adopt(m)
+		switch {
+		case err != nil:
+		case p.end == nil:
+			t.Errorf("a process without files was taken over: %+v", p)
+		case p.config == nil || p.pid != m.pid:
+			t.Errorf("it has the number %d, not %d, and the configuration %v", p.pid, m.pid, p.config)
+		}
+	})
+}

@@ -214,7 +214,7 @@ func (ps *processes) takeOver(k *keeperConn) error {
 			}
 			found[m.pid] = p
 		case p == nil:
-		case m.kind == tellStatus && len(m.body) == 4:
+		case m.kind == tellStatus && len(m.body) == 4 && p.orphan != nil:
 			p.orphan.tell(syscall.WaitStatus(binary.LittleEndian.Uint32(m.body)))
 		case m.kind == keepPiece && len(m.body) > 1 && m.body[0] < fileCount:
 			p.held[m.body[0]] = append(p.held[m.body[0]], m.body[1:]...)
@@ -242,7 +242,7 @@ func (ps *processes) takeOver(k *keeperConn) error {
 			if err != nil {
 				return
 			}
-			if p := found[m.pid]; p != nil && m.kind == tellStatus && len(m.body) == 4 {
+			if p := found[m.pid]; p != nil && p.orphan != nil && m.kind == tellStatus && len(m.body) == 4 {
 				p.orphan.tell(syscall.WaitStatus(binary.LittleEndian.Uint32(m.body)))
 				delete(found, m.pid)
 			}
@@ -261,11 +261,12 @@ func adopt(m packet) (p *process, err error) {
 		unix.CloseOnExec(fds[0])
 		files[i], fds = os.NewFile(uintptr(fds[0]), "kept"), fds[1:]
 	}
-	p = &process{pid: m.pid, orphan: newOrphan(), inMu: make(chan struct{}, 1), done: make(chan struct{}),
+	p = &process{pid: m.pid, inMu: make(chan struct{}, 1), done: make(chan struct{}),
 		stdin: files[fileStdin], stdout: files[fileStdout], stderr: files[fileStderr], pty: files[filePTY]}
+	made := p // the result is nil where an error is returned
 	defer func() {
 		if err != nil {
-			p.closeFiles()
+			made.closeFiles()
 		}
 	}()
 	if len(m.body) == 0 {
@@ -291,6 +292,7 @@ func adopt(m packet) (p *process, err error) {
 	if p.pty == nil && (p.stdout == nil || p.stderr == nil) {
 		return nil, errors.New("its output is missing")
 	}
+	p.orphan = newOrphan()
 	return p, nil
 }
 

@@ -62,9 +62,20 @@ func (ps *processes) handOver() {
 			}
 		}
 	}
-	slow := time.AfterFunc(readerTime, func() { close(ps.leave.cut) })
-	ps.leave.pumps.Wait()
-	slow.Stop()
+	still := make(chan struct{})
+	go func() { ps.leave.pumps.Wait(); close(still) }()
+	within := func(d time.Duration) bool {
+		select {
+		case <-still:
+			return true
+		case <-time.After(d):
+			return false
+		}
+	}
+	if !within(readerTime) {
+		close(ps.leave.cut)
+		within(answerTime) // there is nothing left to wait for; yet envd must go
+	}
 	close(ps.leave.stopped)
 	for _, p := range live {
 		p.mu.Lock()
