@@ -70,6 +70,14 @@ func TestSeesEachLeak(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
+			// Start returns when the kernel has closed the descriptors of the
+			// old program, a moment before the new one has its arguments.
+			program.Eventually(t, 5*time.Second, func() string {
+				if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); err != nil || len(b) == 0 {
+					return "it has no arguments yet"
+				}
+				return ""
+			})
 			return func() { cmd.Process.Kill(); cmd.Wait() }
 		}},
 		{"zombie", invariant.Zombie, "true", func(t *testing.T) func() {
