@@ -265,7 +265,7 @@ func (r *Runtime) do(ctx context.Context, method, path string, body []byte, out 
 	}
 	resp, err := r.http.Do(req)
 	if err != nil {
-		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+		if notTaken(method, err) {
 			return fmt.Errorf("%w: %w", errOffline, err)
 		}
 		return fmt.Errorf("asking the supervisor: %w", err)
@@ -286,6 +286,15 @@ func (r *Runtime) do(ctx context.Context, method, path string, body []byte, out 
 		return fmt.Errorf("decoding the supervisor's answer: %w", err)
 	}
 	return nil
+}
+
+// notTaken reports whether a request that failed may be sent to another
+// supervisor: none was there to take it, or one ended that was only asked.
+func notTaken(method string, err error) bool {
+	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+		return true
+	}
+	return method == http.MethodGet && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF))
 }
 
 func (r *Runtime) ask(ctx context.Context, path string, out any) error {
