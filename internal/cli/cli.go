@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/gen/api"
 	"github.com/cayhq/cay/internal/settings"
 )
 
@@ -222,24 +223,11 @@ func messageOf(err error) string {
 }
 
 // sandboxIDs completes the IDs of running sandboxes.
-func (c *CLI) sandboxIDs(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	client, err := c.connect(cmd)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
-	defer cancel()
-	list, err := client.Sandboxes(ctx, nil)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var out []cobra.Completion
-	for _, s := range list {
-		if !slices.Contains(args, s.SandboxID) {
-			out = append(out, cobra.CompletionWithDesc(s.SandboxID, templateOf(s.Alias, s.TemplateID)))
-		}
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+func (c *CLI) sandboxIDs(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return completing(c, func(client *Client, ctx context.Context) ([]api.ListedSandbox, error) {
+		return client.Sandboxes(ctx, nil)
+	},
+		func(s api.ListedSandbox) (string, string) { return s.SandboxID, templateOf(s.Alias, s.TemplateID) })(cmd, args, word)
 }
 
 // firstSandboxID completes one sandbox ID.

@@ -175,28 +175,20 @@ func (c *Client) Health(ctx context.Context) error {
 
 // Sandboxes returns every sandbox of the team that has the metadata.
 func (c *Client) Sandboxes(ctx context.Context, metadata map[string]string) ([]api.ListedSandbox, error) {
-	var out []api.ListedSandbox
 	params := &api.ListSandboxesV2Params{}
 	if len(metadata) > 0 {
 		q := metadataQuery(metadata)
 		params.Metadata = &q
 	}
-	for {
+	return pages(func(token *string) ([]api.ListedSandbox, *http.Response, error) {
+		params.NextToken = token
 		r, err := c.api.ListSandboxesV2WithResponse(ctx, params)
 		if err != nil {
-			return nil, c.unreachable(err)
+			return nil, nil, c.unreachable(err)
 		}
 		page, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, page...)
-		next := r.HTTPResponse.Header.Get("X-Next-Token")
-		if next == "" {
-			return out, nil
-		}
-		params.NextToken = &next
-	}
+		return page, r.HTTPResponse, err
+	})
 }
 
 // Sandbox returns one sandbox.

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 
@@ -58,15 +57,18 @@ func (c *CLI) keyCreateCmd() *cobra.Command {
 	return cmd
 }
 
+// keys returns every API key of the team.
+func (c *Client) keys(ctx context.Context) ([]api.TeamAPIKey, error) {
+	r, err := c.api.ListAPIKeysWithResponse(ctx, c.forTeam)
+	if err != nil {
+		return nil, c.unreachable(err)
+	}
+	return body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
+}
+
 func (c *CLI) keyListCmd() *cobra.Command {
 	return listing[api.TeamAPIKey]{
-		fetch: func(ctx context.Context, client *Client) ([]api.TeamAPIKey, error) {
-			r, err := client.api.ListAPIKeysWithResponse(ctx, client.forTeam)
-			if err != nil {
-				return nil, client.unreachable(err)
-			}
-			return body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-		},
+		fetch:  (*Client).keys,
 		none:   "There are no API keys; `cay key create` makes one.",
 		header: "KEY ID\tNAME\tKEY\tMADE\tLAST USED",
 		row: func(k api.TeamAPIKey) []string {
@@ -88,49 +90,18 @@ func masked(m api.IdentifierMaskingDetails) string {
 }
 
 func (c *CLI) keyDeleteCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:               "delete KEY-ID...",
-		Aliases:           []string{"rm"},
-		Short:             "Delete API keys for good",
-		Long:              "Deletes API keys by their IDs, as `cay key list` shows them. Clients that use\none are refused from then on; running sandboxes stay.",
-		Example:           "  cay key delete $(cay key list -q | tail -1)",
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: c.keyIDs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			var errs []error
-			for _, id := range args {
-				r, err := client.api.DeleteAPIKeyWithResponse(cmd.Context(), id, client.forTeam)
-				if err != nil {
-					return client.unreachable(err)
-				}
-				if err := answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent); err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				fmt.Fprintln(c.Err, "Deleted "+id)
-			}
-			return errors.Join(errs...)
-		},
-	}
-}
-
-// keyIDs completes the IDs of keys.
-func (c *CLI) keyIDs(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	client, err := c.connect(cmd)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	r, err := client.api.ListAPIKeysWithResponse(cmd.Context(), client.forTeam)
-	if err != nil || r.JSON200 == nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var out []cobra.Completion
-	for _, k := range *r.JSON200 {
-		out = append(out, cobra.CompletionWithDesc(k.Id, k.Name))
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+	return c.deletes(&cobra.Command{
+		Use:     "delete KEY-ID...",
+		Short:   "Delete API keys for good",
+		Long:    "Deletes API keys by their IDs, as `cay key list` shows them. Clients that use\none are refused from then on; running sandboxes stay.",
+		Example: "  cay key delete $(cay key list -q | tail -1)",
+		ValidArgsFunction: completing(c, (*Client).keys,
+			func(k api.TeamAPIKey) (string, string) { return k.Id, k.Name }),
+	}, func(ctx context.Context, client *Client, id string) error {
+		r, err := client.api.DeleteAPIKeyWithResponse(ctx, id, client.forTeam)
+		if err != nil {
+			return client.unreachable(err)
+		}
+		return answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent)
+	})
 }

@@ -63,7 +63,7 @@ func labels(m map[string]string) string {
 func (c *CLI) listCmd() *cobra.Command {
 	var metadata map[string]string
 	cmd := listing[api.ListedSandbox]{
-		fetch: func(ctx context.Context, client *Client) ([]api.ListedSandbox, error) {
+		fetch: func(client *Client, ctx context.Context) ([]api.ListedSandbox, error) {
 			return client.Sandboxes(ctx, metadata)
 		},
 		none:   "No sandboxes run.",

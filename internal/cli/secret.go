@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -170,111 +171,51 @@ sandbox whose rules use it has the new value; the old one is gone.`,
 }
 
 func (c *CLI) secretListCmd() *cobra.Command {
-	var out *format
-	var quiet bool
-	cmd := &cobra.Command{
+	return listing[api.Secret]{
+		fetch:  (*Client).secrets,
+		none:   "There are no secrets; `cay secret create` makes one.",
+		header: "NAME\tSECRET ID\tVERSION\tMADE\tUPDATED",
+		row: func(s api.Secret) []string {
+			return []string{s.Name, s.SecretID, fmt.Sprint(s.CurrentVersion), ago(c.now().Sub(s.CreatedAt)) + " ago", ago(c.now().Sub(s.UpdatedAt)) + " ago"}
+		},
+		id: func(s api.Secret) string { return s.SecretID },
+	}.command(c, &cobra.Command{
 		Use:     "list",
-		Aliases: []string{"ls"},
 		Short:   "List secrets, without their values",
 		Example: "  cay secret list\n  cay secret list -o json",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			all, err := client.secrets(cmd)
-			if err != nil {
-				return err
-			}
-			if *out == asJSON {
-				return WriteJSON(c.Out, all)
-			}
-			var rows [][]string
-			for _, s := range all {
-				if quiet {
-					fmt.Fprintln(c.Out, s.SecretID)
-					continue
-				}
-				rows = append(rows, []string{s.Name, s.SecretID, fmt.Sprint(s.CurrentVersion), ago(c.now().Sub(s.CreatedAt)) + " ago", ago(c.now().Sub(s.UpdatedAt)) + " ago"})
-			}
-			if quiet {
-				return nil
-			}
-			return writeTable(c.Out, "NAME\tSECRET ID\tVERSION\tMADE\tUPDATED", rows)
-		},
-	}
-	out = addOutput(cmd)
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "IDs only")
-	return cmd
+	})
 }
 
 // secrets returns every secret of the team.
-func (c *Client) secrets(cmd *cobra.Command) ([]api.Secret, error) {
-	out := []api.Secret{}
-	var token *string
-	for {
-		r, err := c.api.ListSecretsWithResponse(cmd.Context(), &api.ListSecretsParams{NextToken: token}, c.forTeam)
+func (c *Client) secrets(ctx context.Context) ([]api.Secret, error) {
+	return pages(func(token *string) ([]api.Secret, *http.Response, error) {
+		r, err := c.api.ListSecretsWithResponse(ctx, &api.ListSecretsParams{NextToken: token}, c.forTeam)
 		if err != nil {
-			return nil, c.unreachable(err)
+			return nil, nil, c.unreachable(err)
 		}
 		page, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, page...)
-		next := r.HTTPResponse.Header.Get("X-Next-Token")
-		if next == "" {
-			return out, nil
-		}
-		token = &next
-	}
+		return page, r.HTTPResponse, err
+	})
 }
 
 func (c *CLI) secretDeleteCmd() *cobra.Command {
-	return &cobra.Command{
+	return c.deletes(&cobra.Command{
 		Use:               "delete SECRET...",
-		Aliases:           []string{"rm"},
 		Short:             "Delete secrets for good",
 		Long:              "Deletes secrets by their names or IDs. Requests of sandboxes whose rules use one\nfail from then on, with a text that names it.",
 		Example:           "  cay secret delete openai-key",
-		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: c.secretNames,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := c.connect(cmd)
-			if err != nil {
-				return err
-			}
-			var errs []error
-			for _, ref := range args {
-				r, err := client.api.DeleteSecretWithResponse(cmd.Context(), ref, client.forTeam)
-				if err != nil {
-					return client.unreachable(err)
-				}
-				if err := answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent); err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				fmt.Fprintln(c.Err, "Deleted "+ref)
-			}
-			return errors.Join(errs...)
-		},
-	}
+	}, func(ctx context.Context, client *Client, ref string) error {
+		r, err := client.api.DeleteSecretWithResponse(ctx, ref, client.forTeam)
+		if err != nil {
+			return client.unreachable(err)
+		}
+		return answered(r.HTTPResponse, r.JSONDefault, http.StatusNoContent)
+	})
 }
 
 // secretNames completes the names of secrets.
-func (c *CLI) secretNames(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	client, err := c.connect(cmd)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	all, err := client.secrets(cmd)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var out []cobra.Completion
-	for _, s := range all {
-		out = append(out, cobra.CompletionWithDesc(s.Name, s.SecretID))
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+func (c *CLI) secretNames(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return completing(c, (*Client).secrets,
+		func(s api.Secret) (string, string) { return s.Name, s.SecretID })(cmd, args, word)
 }

@@ -38,7 +38,7 @@ func (c *Client) Snapshots(ctx context.Context) ([]operator.Snapshot, error) {
 
 func (c *CLI) snapshotListCmd() *cobra.Command {
 	return listing[operator.Snapshot]{
-		fetch:  func(ctx context.Context, client *Client) ([]operator.Snapshot, error) { return client.Snapshots(ctx) },
+		fetch:  (*Client).Snapshots,
 		none:   "There are no snapshots; `cay sandbox snapshot` makes one, and so does a pause.",
 		header: "SNAPSHOT\tSANDBOX\tOWNER\tNAMES\tMEMORY\tENGINE\tMADE",
 		row: func(s operator.Snapshot) []string {
@@ -119,18 +119,7 @@ func (c *Client) snapshotID(ctx context.Context, ref string) (string, error) {
 }
 
 // snapshotIDs completes the IDs of snapshots.
-func (c *CLI) snapshotIDs(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-	client, err := c.connect(cmd)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	all, err := client.Snapshots(cmd.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var out []cobra.Completion
-	for _, s := range all {
-		out = append(out, cobra.CompletionWithDesc(s.SnapshotID, strings.Join(s.Names, ", ")))
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+func (c *CLI) snapshotIDs(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return completing(c, (*Client).Snapshots,
+		func(s operator.Snapshot) (string, string) { return s.SnapshotID, strings.Join(s.Names, ", ") })(cmd, args, word)
 }
