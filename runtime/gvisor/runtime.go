@@ -265,7 +265,7 @@ func (r *Runtime) do(ctx context.Context, method, path string, body []byte, out 
 	}
 	resp, err := r.http.Do(req)
 	if err != nil {
-		if notTaken(method, err) {
+		if notTaken(ctx, method, err) {
 			return fmt.Errorf("%w: %w", errOffline, err)
 		}
 		return fmt.Errorf("asking the supervisor: %w", err)
@@ -288,13 +288,13 @@ func (r *Runtime) do(ctx context.Context, method, path string, body []byte, out 
 	return nil
 }
 
-// notTaken reports whether a request that failed may be sent to another
-// supervisor: none was there to take it, or one ended that was only asked.
-func notTaken(method string, err error) bool {
+// notTaken reports whether a request without an answer may be sent to another
+// supervisor: none was there to take it, or nothing but a question was lost.
+func notTaken(ctx context.Context, method string, err error) bool {
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
 		return true
 	}
-	return method == http.MethodGet && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF))
+	return method == http.MethodGet && ctx.Err() == nil
 }
 
 func (r *Runtime) ask(ctx context.Context, path string, out any) error {
