@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
 )
@@ -98,26 +99,39 @@ const thawPatience = 3 * time.Second
 // still does.
 func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op killpoint.Op) (m cay.Snapshot, frozen time.Duration, err error) {
 	at := func(step string) error { return o.Fault.At(op, step) }
-	done := func(name string, l cay.Layer, began time.Time, err error) error {
+	timed := func(name string, l cay.Layer, do func() error) error {
+		began := o.now()
+		err := do()
 		o.stepOf(g, string(op), name, l, began, err)
 		return err
 	}
-	exec := string(g.rec.Execution)
+	// step is timed between two points at which the process may die.
+	step := func(name string, l cay.Layer, do func() error) error {
+		o.Fault.Pass(op, name+".before")
+		err := timed(name, l, do)
+		if err == nil {
+			o.Fault.Pass(op, name+".after")
+		}
+		return err
+	}
+	exec := g.rec.Execution
+	instance := runtime.InstanceID(exec)
 	memory, err := o.snapshots.begin(q.Snapshot, at)
 	if err != nil {
 		return m, 0, err
 	}
 	o.Fault.Pass(op, "directory.after")
-	// What is written back now is not written while the guest stands still.
 	o.mu.Lock()
 	addr, rec := g.addr(), g.rec
 	o.mu.Unlock()
 	if q.Healthy {
-		began := o.now()
-		ask, stop := context.WithTimeout(ctx, healthTimeout)
-		_, err := o.Guest.Identity(ask, addr)
-		stop()
-		if err := done("health", cay.LayerEnvd, began, err); err != nil {
+		err := timed("health", cay.LayerEnvd, func() error {
+			ask, stop := context.WithTimeout(ctx, healthTimeout)
+			defer stop()
+			_, err := o.Guest.Identity(ask, addr)
+			return err
+		})
+		if err != nil {
 			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the daemon in the guest does not answer: " + err.Error(), Fix: "try again, or save the guest as it is", Err: err}
 		}
@@ -125,21 +139,16 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	if !q.Memory {
 		// Without its memory the guest will come back as after a power cut, so
 		// its file systems are told to write everything first.
-		began := o.now()
-		o.Fault.Pass(op, "sync.before")
-		err := o.Guest.Sync(ctx, addr)
-		o.Fault.Pass(op, "sync.after")
-		if err := done("sync", cay.LayerEnvd, began, err); err != nil {
+		err := step("sync", cay.LayerEnvd, func() error { return o.Guest.Sync(ctx, addr) })
+		if err != nil {
 			return m, 0, &cay.Error{Code: cay.CodeGuestUnresponsive, Layer: cay.LayerEnvd,
 				Message: "the guest could not write back its files before the snapshot: " + err.Error(), Fix: "try again", Err: err}
 		}
 	}
-	began := o.now()
-	o.Fault.Pass(op, "flush.before")
-	if err := done("flush", cay.LayerStorage, began, o.Disks.Flush(exec)); err != nil {
+	// What is written back now is not written while the guest stands still.
+	if err := step("flush", cay.LayerStorage, func() error { return o.Disks.Flush(string(exec)) }); err != nil {
 		return m, 0, err
 	}
-	o.Fault.Pass(op, "flush.after")
 	if q.Pause {
 		// Who comes from now on must not reach a guest that stands still, and
 		// be cut off with it: the proxy holds him back until it is known
@@ -151,67 +160,62 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 		o.Fault.Pass(op, "hold-back.after")
 	}
 	stopped := o.now()
-	o.Fault.Pass(op, "freeze.before")
-	if err := done("freeze", cay.LayerRuntime, stopped, o.Runtime.Freeze(ctx, runtime.InstanceID(exec))); err != nil {
+	if err := step("freeze", cay.LayerRuntime, func() error { return o.Runtime.Freeze(ctx, instance) }); err != nil {
 		return m, 0, o.savingDied(g, err)
 	}
-	o.Fault.Pass(op, "freeze.after")
 	if q.Memory {
-		began = o.now()
-		o.Fault.Pass(op, "checkpoint.before")
-		if err := done("checkpoint", cay.LayerRuntime, began, o.Runtime.Checkpoint(ctx, runtime.InstanceID(exec), memory)); err != nil {
+		if err := step("checkpoint", cay.LayerRuntime, func() error { return o.Runtime.Checkpoint(ctx, instance, memory) }); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
-		o.Fault.Pass(op, "checkpoint.after")
 	}
-	began = o.now()
-	o.Fault.Pass(op, "disk.before")
-	saved, err := o.Disks.Save(ctx, exec, string(q.Snapshot))
-	if err := done("disk", cay.LayerStorage, began, err); err != nil {
+	var saved disk.Saved
+	err = step("disk", cay.LayerStorage, func() (err error) {
+		saved, err = o.Disks.Save(ctx, string(exec), string(q.Snapshot))
+		return err
+	})
+	if err != nil {
 		return m, 0, err
 	}
-	o.Fault.Pass(op, "disk.after")
 	if !q.Pause {
-		began = o.now()
-		o.Fault.Pass(op, "thaw.before")
-		if err := done("thaw", cay.LayerRuntime, began, o.Runtime.Thaw(ctx, runtime.InstanceID(exec))); err != nil {
+		if err := step("thaw", cay.LayerRuntime, func() error { return o.Runtime.Thaw(ctx, instance) }); err != nil {
 			return m, 0, o.savingDied(g, err)
 		}
-		o.Fault.Pass(op, "thaw.after")
 		frozen = o.now().Sub(stopped)
 	}
 	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
 		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
 		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
-	began = o.now()
-	var read errgroup.Group
-	read.Go(func() (err error) {
-		if m.Disk, err = stamp(saved.File); err != nil {
-			return storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
-		}
-		if m.Disk.Check, err = checkSmall(ctx, saved.File); err != nil {
-			return storageError("read back the disk of snapshot "+string(q.Snapshot), err)
-		}
-		return nil
-	})
-	if q.Memory {
-		read.Go(func() error {
-			err := at("digest.before-read")
-			if err == nil {
-				m.Memory, err = measure(ctx, memory)
+	err = timed("digest", cay.LayerStorage, func() error {
+		var read errgroup.Group
+		read.Go(func() (err error) {
+			if m.Disk, err = stamp(saved.File); err != nil {
+				return storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
 			}
-			if err != nil {
-				return storageError("read back the memory of snapshot "+string(q.Snapshot), err)
+			if m.Disk.Check, err = checkSmall(ctx, saved.File); err != nil {
+				return storageError("read back the disk of snapshot "+string(q.Snapshot), err)
 			}
 			return nil
 		})
-	}
-	if err := done("digest", cay.LayerStorage, began, read.Wait()); err != nil {
+		if q.Memory {
+			read.Go(func() error {
+				err := at("digest.before-read")
+				if err == nil {
+					m.Memory, err = measure(ctx, memory)
+				}
+				if err != nil {
+					return storageError("read back the memory of snapshot "+string(q.Snapshot), err)
+				}
+				return nil
+			})
+		}
+		return read.Wait()
+	})
+	if err != nil {
 		return m, frozen, err
 	}
-	began = o.now()
-	err = o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
-	return m, frozen, done("manifest", cay.LayerStorage, began, err)
+	return m, frozen, timed("manifest", cay.LayerStorage, func() error {
+		return o.snapshots.commit(m, snapshotSecrets{ControlToken: rec.ControlToken}, at)
+	})
 }
 
 // savingDied says so when an operation failed because the guest ended.
