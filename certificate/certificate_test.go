@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 func newLocal(t *testing.T, dir string, now func() time.Time) *Authority {
@@ -104,7 +105,7 @@ func TestFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := replace(to, b, 0o600); err != nil {
+		if err := wholefile.Write(to, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

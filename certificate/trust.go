@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // Trust is what this machine trusts: the store that most programs read, and
@@ -58,7 +59,7 @@ func (t *Trust) Install(ctx context.Context, caFile string) (Done, error) {
 	}
 	var d Done
 	d.Store = filepath.Join(anchors[at].dir, fileName(ca)+anchors[at].ext)
-	if err := replace(filepath.Join(t.Root, d.Store), raw, 0o644); err != nil {
+	if err := wholefile.Write(filepath.Join(t.Root, d.Store), raw, 0o644); err != nil {
 		return d, storeError(err)
 	}
 	if err := t.update(ctx, at); err != nil {

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // Lives of certificates. A leaf is made anew when a quarter of its life is
@@ -112,21 +113,7 @@ func makeAuthority(dir string, now time.Time) (*authority, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	return &authority{cert: cert, key: key}, replaceFile(filepath.Join(dir, authorityFile), b)
-}
-
-// replaceFile writes a file of mode 0600 whole or not at all.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already when all went well
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return &authority{cert: cert, key: key}, wholefile.Write(filepath.Join(dir, authorityFile), b, 0o600)
 }
 
 // bundle is the authority's certificate, for a trust store.

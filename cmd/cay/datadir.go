@@ -17,6 +17,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // dataDir is the directory that holds everything Cay keeps.
@@ -142,7 +143,7 @@ func (d dataDir) loadCredentials() (credentials, error) {
 	if err != nil {
 		return c, err
 	}
-	if err := writeFile(d.credentialsFile(), append(b, '\n')); err != nil {
+	if err := wholefile.Write(d.credentialsFile(), append(b, '\n'), 0o600); err != nil {
 		return c, errDataDir(string(d), err)
 	}
 	return c, nil
@@ -171,27 +172,6 @@ func (d dataDir) readServer() (serverInfo, error) {
 		return s, err
 	}
 	return s, json.Unmarshal(b, &s)
-}
-
-// writeFile writes a file of mode 0600 atomically and durably.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // no-op after the rename
-	if _, err := f.Write(b); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		f.Close()
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }
 
 func randomHex(n int) string {

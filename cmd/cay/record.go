@@ -11,6 +11,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/api"
+	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/store"
 	"github.com/cayhq/cay/store/sqlite"
 	"github.com/cayhq/cay/template"
@@ -127,7 +128,7 @@ func (s *server) publishInfo() error {
 	if err != nil {
 		return fmt.Errorf("encoding the server's addresses: %w", err)
 	}
-	if err := writeFile(s.dir.serverFile(), append(b, '\n')); err != nil {
+	if err := wholefile.Write(s.dir.serverFile(), append(b, '\n'), 0o600); err != nil {
 		return errDataDir(string(s.dir), err)
 	}
 	return nil

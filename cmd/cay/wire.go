@@ -28,6 +28,7 @@ import (
 	"github.com/cayhq/cay/egress"
 	"github.com/cayhq/cay/internal/keyring"
 	"github.com/cayhq/cay/internal/settings"
+	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/network"
 	"github.com/cayhq/cay/orchestrator"
 	"github.com/cayhq/cay/proxy"
@@ -219,7 +220,7 @@ func (s *server) open(ctx context.Context) (err error) {
 	if s.dir, s.unlock, err = openDataDir(s.cfg.DataDir); err != nil {
 		return err
 	}
-	if err := writeFile(s.dir.pidFile(), []byte(strconv.Itoa(os.Getpid())+"\n")); err != nil {
+	if err := wholefile.Write(s.dir.pidFile(), []byte(strconv.Itoa(os.Getpid())+"\n"), 0o600); err != nil {
 		return errDataDir(string(s.dir), err)
 	}
 	// The ports before anything that takes time: a taken one is the most

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // Ring is a set of keys in a file of mode 0600. The newest seals, all open. It
@@ -133,16 +134,7 @@ func (r *Ring) write(keys []key) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(r.path), "."+filepath.Base(r.path)+"-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already when all went well
-	_, err = f.Write(append(b, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), r.path); err != nil {
+	if err := wholefile.Write(r.path, append(b, '\n'), 0o600); err != nil {
 		return err
 	}
 	// A key that is not on the disk must not have sealed anything.

@@ -62,6 +62,7 @@ var Packages = []Package{
 	{"internal/lint", Internal, "these rules"},
 	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},
+	{"internal/wholefile", Internal, "small files, replaced whole or not at all"},
 	{"network", Mechanism, "slot, address, namespace and firewall of a sandbox"},
 	{"orchestrator", Service, "one machine's agent: owns its sandboxes from create to kill"},
 	{"proxy", Service, "the edge: from a sandbox's URL to the guest's port"},
