@@ -66,7 +66,7 @@ func noiseCommand(n int64) string {
 // while the reader pauses the process waits, and envd hoards nothing.
 func TestSlowReader(t *testing.T) {
 	t.Parallel()
-	size := int64(program.Sized(120<<20, 10_000_000_000))
+	size := int64(program.Sized(300<<20, 10_000_000_000))
 	b := newBox(t, program.Start(t, program.Options{}), time.Hour)
 	st, _, err := b.start(t.Context(), "", shell(noiseCommand(size)))
 	if err != nil {

@@ -13,12 +13,12 @@ import (
 	"github.com/cayhq/cay/test/program"
 )
 
-// 500 commands run at the same time beside 200 watchers of one sandbox, every
-// day half as many, and every one gets all that is its own: a tenth of the watchers what all the
+// 500 commands run at the same time beside 200 watchers of one sandbox, and
+// every one gets all that is its own: a tenth of the watchers what all the
 // commands do, the others what one does.
 func TestManyAtOnce(t *testing.T) {
 	t.Parallel()
-	commands, watchers := program.Sized(250, 500), program.Sized(100, 200)
+	const commands, watchers = 500, 200
 	b := newBox(t, program.Start(t, program.Options{MemoryMB: 2048}), 10*time.Minute)
 	b.Out(t, fmt.Sprintf("mkdir -p /tmp/many; for i in $(seq 0 %d); do mkdir /tmp/one$i; done; mkfifo /tmp/gate", commands-1))
 	ctx := t.Context()
