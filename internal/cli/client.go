@@ -180,14 +180,14 @@ func (c *Client) Sandboxes(ctx context.Context, metadata map[string]string) ([]a
 		q := metadataQuery(metadata)
 		params.Metadata = &q
 	}
-	return pages(func(token *string) ([]api.ListedSandbox, *http.Response, error) {
+	return pages(func(token *string) ([]api.ListedSandbox, http.Header, error) {
 		params.NextToken = token
 		r, err := c.api.ListSandboxesV2WithResponse(ctx, params)
 		if err != nil {
 			return nil, nil, c.unreachable(err)
 		}
 		page, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-		return page, r.HTTPResponse, err
+		return page, r.HTTPResponse.Header, err
 	})
 }
 

@@ -68,15 +68,15 @@ func (l listing[T]) idOf(v T) string {
 
 // pages returns all of a list that the server gives out in pages. ask asks for
 // the page of a token; nil is the first.
-func pages[T any](ask func(token *string) ([]T, *http.Response, error)) ([]T, error) {
+func pages[T any](ask func(token *string) ([]T, http.Header, error)) ([]T, error) {
 	var all []T
 	for token := (*string)(nil); ; {
-		page, r, err := ask(token)
+		page, header, err := ask(token)
 		if err != nil {
 			return nil, err
 		}
 		all = append(all, page...)
-		next := r.Header.Get("X-Next-Token")
+		next := header.Get("X-Next-Token")
 		if next == "" {
 			return all, nil
 		}

@@ -188,13 +188,13 @@ func (c *CLI) secretListCmd() *cobra.Command {
 
 // secrets returns every secret of the team.
 func (c *Client) secrets(ctx context.Context) ([]api.Secret, error) {
-	return pages(func(token *string) ([]api.Secret, *http.Response, error) {
+	return pages(func(token *string) ([]api.Secret, http.Header, error) {
 		r, err := c.api.ListSecretsWithResponse(ctx, &api.ListSecretsParams{NextToken: token}, c.forTeam)
 		if err != nil {
 			return nil, nil, c.unreachable(err)
 		}
 		page, err := body(r.JSON200, r.HTTPResponse, r.JSONDefault, http.StatusOK)
-		return page, r.HTTPResponse, err
+		return page, r.HTTPResponse.Header, err
 	})
 }
 
