@@ -84,12 +84,9 @@ func (s sandboxHandlers) ListSandboxesV2(ctx context.Context, r gen.ListSandboxe
 	if err != nil {
 		return nil, err
 	}
-	if len(rows) > limit {
-		rows = rows[:limit]
-		last := rows[limit-1]
-		token := formatCursor(store.Cursor{At: last.StartedAt, ID: string(last.ID)}, f.Ascending)
-		out.Headers.XNextToken = &token
-	}
+	rows, out.Headers.XNextToken = page(rows, limit, f.Ascending, func(sb store.Sandbox) store.Cursor {
+		return store.Cursor{At: sb.StartedAt, ID: string(sb.ID)}
+	})
 	out.Body = listAll(rows)
 	return out, nil
 }
@@ -135,6 +132,17 @@ func pageLimit(p *int32) int {
 		return defaultLimit
 	}
 	return int(*p)
+}
+
+// page cuts rows, of which one more than limit was asked for, to a page, and
+// returns the token of the next one, if there is one. at is a row's place.
+func page[T any](rows []T, limit int, ascending bool, at func(T) store.Cursor) ([]T, *string) {
+	if len(rows) <= limit {
+		return rows, nil
+	}
+	rows = rows[:limit]
+	token := formatCursor(at(rows[limit-1]), ascending)
+	return rows, &token
 }
 
 // parseMetadata parses the metadata filter. The clients encode keys and values,

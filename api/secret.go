@@ -60,12 +60,9 @@ func (s secretHandlers) ListSecrets(ctx context.Context, r gen.ListSecretsReques
 		return nil, err
 	}
 	out := gen.ListSecrets200JSONResponse{Body: []gen.Secret{}}
-	if len(rows) > limit {
-		rows = rows[:limit]
-		last := rows[limit-1]
-		token := formatCursor(store.Cursor{At: last.CreatedAt, ID: string(last.ID)}, false)
-		out.Headers.XNextToken = &token
-	}
+	rows, out.Headers.XNextToken = page(rows, limit, false, func(n store.Secret) store.Cursor {
+		return store.Cursor{At: n.CreatedAt, ID: string(n.ID)}
+	})
 	for _, n := range rows {
 		out.Body = append(out.Body, secretInfo(n))
 	}

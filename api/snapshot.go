@@ -277,12 +277,9 @@ func (s sandboxHandlers) ListSnapshots(ctx context.Context, r gen.ListSnapshotsR
 	if err != nil {
 		return nil, err
 	}
-	if len(rows) > limit {
-		rows = rows[:limit]
-		last := rows[limit-1]
-		token := formatCursor(store.Cursor{At: last.CreatedAt, ID: string(last.ID)}, false)
-		out.Headers.XNextToken = &token
-	}
+	rows, out.Headers.XNextToken = page(rows, limit, false, func(n store.Snapshot) store.Cursor {
+		return store.Cursor{At: n.CreatedAt, ID: string(n.ID)}
+	})
 	for _, n := range rows {
 		out.Body = append(out.Body, snapshotInfo(team, n))
 	}

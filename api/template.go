@@ -50,11 +50,7 @@ func (s templateHandlers) ListTemplatesV2(ctx context.Context, r gen.ListTemplat
 		return nil, err
 	}
 	var out gen.ListTemplatesV2200JSONResponse
-	if len(rows) > limit {
-		rows = rows[:limit]
-		token := formatCursor(templateCursor(rows[limit-1]), false)
-		out.Headers.XNextToken = &token
-	}
+	rows, out.Headers.XNextToken = page(rows, limit, false, templateCursor)
 	out.Body, err = s.templates(ctx, rows)
 	return out, err
 }
@@ -89,12 +85,9 @@ func (s templateHandlers) GetTemplate(ctx context.Context, r gen.GetTemplateRequ
 		return nil, err
 	}
 	var out gen.GetTemplate200JSONResponse
-	if len(builds) > limit {
-		builds = builds[:limit]
-		last := builds[limit-1]
-		token := formatCursor(store.Cursor{At: last.CreatedAt, ID: string(last.ID)}, false)
-		out.Headers.XNextToken = &token
-	}
+	builds, out.Headers.XNextToken = page(builds, limit, false, func(b store.Build) store.Cursor {
+		return store.Cursor{At: b.CreatedAt, ID: string(b.ID)}
+	})
 	names, err := s.names(ctx, t)
 	if err != nil {
 		return nil, err
