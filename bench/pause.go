@@ -277,14 +277,8 @@ func (r *run) measurePause(ctx context.Context) error {
 				func() error { return t.writtenPause(ctx, b, "later", pauseWritten, resumeWritten) },
 				func() error { return t.manyForks(ctx, b) })
 		}
-		order.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-		for _, f := range all {
-			if err := r.settle(ctx); err != nil {
-				return err
-			}
-			if err := f(); err != nil {
-				return err
-			}
+		if err := r.shuffled(ctx, order, all); err != nil {
+			return err
 		}
 	}
 	return r.pausedCost(ctx)
@@ -339,15 +333,9 @@ func (t *subject) idlePause(ctx context.Context, b book) error {
 		if err := pause(ctx, calm); err != nil {
 			return err
 		}
-		began = time.Now()
-		if err := t.client.resume(ctx, sbx); err != nil {
+		if err := t.resumed(ctx, b, sbx, resumeIdle); err != nil {
 			return err
 		}
-		first, err := t.health(ctx, sbx)
-		if err != nil {
-			return err
-		}
-		b.took(resumeIdle, first.Sub(began))
 		return t.timeForks(ctx, b, sbx, forkOne, 1)
 	})
 }
@@ -487,17 +475,23 @@ func (t *subject) writtenPause(ctx context.Context, b book, how, pauseName, resu
 			return err
 		}
 		b.took(pauseName, time.Since(began))
-		began = time.Now()
-		if err := t.client.resume(ctx, sbx); err != nil {
-			return err
-		}
-		first, err := t.health(ctx, sbx)
-		if err != nil {
-			return err
-		}
-		b.took(resumeName, first.Sub(began))
-		return nil
+		return t.resumed(ctx, b, sbx, resumeName)
 	})
+}
+
+// resumed resumes a sandbox and records how long that takes to the first byte
+// through the proxy.
+func (t *subject) resumed(ctx context.Context, b book, sbx box, name string) error {
+	began := time.Now()
+	if err := t.client.resume(ctx, sbx); err != nil {
+		return err
+	}
+	first, err := t.health(ctx, sbx)
+	if err != nil {
+		return err
+	}
+	b.took(name, first.Sub(began))
+	return nil
 }
 
 func (t *subject) write(ctx context.Context, sbx box, how string) error {

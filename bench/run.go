@@ -246,14 +246,22 @@ func (r *run) interleave(ctx context.Context) error {
 				func() error { return r.cold.bySDK(b) },
 				func() error { return r.pool.bySDK(b) })
 		}
-		order.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-		for _, f := range all {
-			if err := r.settle(ctx); err != nil {
-				return err
-			}
-			if err := f(); err != nil {
-				return err
-			}
+		if err := r.shuffled(ctx, order, all); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// shuffled takes measurements in a random order, each on a machine at rest.
+func (r *run) shuffled(ctx context.Context, order *rand.Rand, all []func() error) error {
+	order.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	for _, f := range all {
+		if err := r.settle(ctx); err != nil {
+			return err
+		}
+		if err := f(); err != nil {
+			return err
 		}
 	}
 	return nil
