@@ -25,4 +25,6 @@ type Metrics interface {
 	// seconds apart and kept for an hour or so. Unknown sandboxes are
 	// CodeSandboxNotFound.
 	Metrics(ctx context.Context, id SandboxID, from, to time.Time) ([]Metric, error)
+	// LastMetric returns the newest point alone.
+	LastMetric(ctx context.Context, id SandboxID) (Metric, error)
 }

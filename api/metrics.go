@@ -37,8 +37,8 @@ func (s sandboxHandlers) SandboxMetrics(ctx context.Context, r gen.SandboxMetric
 		return nil, invalid("end is before start", "send seconds since 1970, start first")
 	}
 	out := gen.SandboxMetrics200JSONResponse{}
-	points, err := s.measured(ctx, rec.ID, from, to)
-	if err != nil {
+	points, err := s.Metrics.Metrics(ctx, rec.ID, from, to)
+	if err != nil && cay.CodeOf(err) != cay.CodeSandboxNotFound { // one that does not run has none
 		return nil, err
 	}
 	for _, p := range points {
@@ -67,24 +67,16 @@ func (s sandboxHandlers) ListSandboxMetrics(ctx context.Context, r gen.ListSandb
 		default:
 			return nil, err
 		}
-		points, err := s.measured(ctx, rec.ID, time.Time{}, time.Time{})
-		if err != nil {
+		p, err := s.Metrics.LastMetric(ctx, rec.ID)
+		switch cay.CodeOf(err) {
+		case "":
+			out.Sandboxes[string(rec.ID)] = metric(p)
+		case cay.CodeSandboxNotFound: // it does not run
+		default:
 			return nil, err
-		}
-		if n := len(points); n > 0 {
-			out.Sandboxes[string(rec.ID)] = metric(points[n-1])
 		}
 	}
 	return out, nil
-}
-
-// measured returns a sandbox's points; one that does not run has none.
-func (s sandboxHandlers) measured(ctx context.Context, id cay.SandboxID, from, to time.Time) ([]cay.Metric, error) {
-	points, err := s.Metrics.Metrics(ctx, id, from, to)
-	if cay.CodeOf(err) == cay.CodeSandboxNotFound {
-		return nil, nil
-	}
-	return points, err
 }
 
 func metric(p cay.Metric) gen.SandboxMetric {

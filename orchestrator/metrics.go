@@ -35,6 +35,29 @@ var _ cay.Metrics = (*Orchestrator)(nil)
 // Metrics implements [cay.Metrics]. A sandbox too young to have been measured
 // is measured now.
 func (o *Orchestrator) Metrics(ctx context.Context, id cay.SandboxID, from, to time.Time) ([]cay.Metric, error) {
+	e, err := o.measured(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return o.meter.between(e, from, to), nil
+}
+
+// LastMetric implements [cay.Metrics]. A sandbox too young to have been measured
+// is measured now.
+func (o *Orchestrator) LastMetric(ctx context.Context, id cay.SandboxID) (cay.Metric, error) {
+	e, err := o.measured(ctx, id)
+	if err != nil {
+		return cay.Metric{}, err
+	}
+	p, ok := o.meter.last(e)
+	if !ok {
+		return p, errNotFound(id) // it ended meanwhile
+	}
+	return p, nil
+}
+
+// measured makes sure that a sandbox has a point, and names its run.
+func (o *Orchestrator) measured(ctx context.Context, id cay.SandboxID) (cay.ExecutionID, error) {
 	o.mu.Lock()
 	g := o.bySbx[id]
 	known := g != nil && g.rec.Phase != ending
@@ -44,14 +67,14 @@ func (o *Orchestrator) Metrics(ctx context.Context, id cay.SandboxID, from, to t
 	}
 	o.mu.Unlock()
 	if !known {
-		return nil, errNotFound(id)
+		return "", errNotFound(id)
 	}
 	if !o.meter.has(rec.Execution) {
 		if err := o.measure(ctx, rec); err != nil {
-			return nil, err
+			return "", err
 		}
 	}
-	return o.meter.between(rec.Execution, from, to), nil
+	return rec.Execution, nil
 }
 
 // measureAll measures every running sandbox at intervals until ctx ends.
@@ -143,6 +166,17 @@ func (m *meter) between(e cay.ExecutionID, from, to time.Time) []cay.Metric {
 		}
 	}
 	return out
+}
+
+// last is the newest point of a guest, if there is one.
+func (m *meter) last(e cay.ExecutionID) (cay.Metric, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.m[e]
+	if s == nil || len(s.points) == 0 {
+		return cay.Metric{}, false
+	}
+	return s.points[len(s.points)-1], true
 }
 
 // keepOnly forgets guests that are gone.

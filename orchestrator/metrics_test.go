@@ -40,6 +40,19 @@ func TestMetrics(t *testing.T) {
 				t.Errorf("CPU %v %%, want 20", p.CPUPercent)
 			}
 		}
+		if got, err := o.LastMetric(t.Context(), "i1"); err != nil || got != all[4] {
+			t.Errorf("the last point: %+v, %v", got, err)
+		}
+		mustCreate(t, o, "i2")
+		if got, err := o.LastMetric(t.Context(), "i2"); err != nil || got.CPUs != 2 {
+			t.Errorf("the last point of a young one: %+v, %v", got, err)
+		}
+		if err := o.Kill(t.Context(), "i2", cay.EndRequest); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.LastMetric(t.Context(), "i2"); cay.CodeOf(err) != cay.CodeSandboxNotFound {
+			t.Errorf("the last point of a killed one: %v", err)
+		}
 		if got := ask(all[1].At, all[2].At); len(got) != 2 || got[0] != all[1] || got[1] != all[2] {
 			t.Errorf("between two instants: %+v", got)
 		}
