@@ -109,6 +109,9 @@ func strayProcesses(_ context.Context, d *Doctor) ([]object, error) {
 		if end := strings.IndexAny(id, "/\x00"); end >= 0 {
 			id = id[:end]
 		}
+		if strings.HasPrefix(id, spareGroup) {
+			continue // with or without a guest; its cgroup tells which
+		}
 		out = append(out, object{fmt.Sprintf("process %d of %s", pid, id), byExecution(id)})
 	}
 	return out, nil
@@ -142,8 +145,8 @@ func strayCgroups(_ context.Context, d *Doctor) ([]object, error) {
 	return out, nil
 }
 
-// spareGroup begins the names of cgroups made ahead. The engine's supervisor
-// owns them, and removes those of one that died.
+// spareGroup begins the names of cgroups and engines made ahead. The engine's
+// supervisor owns them, and removes those of one that died.
 const spareGroup = "spare-"
 
 // readyDisk begins the names of disks made ahead. The running server owns
@@ -224,6 +227,9 @@ func strayFiles(_ context.Context, d *Doctor) ([]object, error) {
 			continue // nothing was ever made
 		}
 		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), spareGroup) {
+				continue
+			}
 			owned := byExecution(e.Name())
 			if d.Server != nil && strings.HasPrefix(e.Name(), readyDisk) {
 				owned = func(Owned) bool { return true }

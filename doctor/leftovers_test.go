@@ -18,6 +18,7 @@ func crowdedHost(d *Doctor) tree {
 		"proc/101/cmdline":                   engine("x1"),
 		"proc/102/cmdline":                   engine("x2"),
 		"proc/103/cmdline":                   "vi\x00" + d.InstanceDir + "/x9/log", // looks at it, is not of it
+		"proc/104/cmdline":                   engine("spare-e1"), // made ahead
 		"sys/fs/cgroup/cay-0a0b0c0d/x1":      "dir",
 		"sys/fs/cgroup/cay-0a0b0c0d/x2":      "dir",
 		"sys/fs/cgroup/cay-ffffffff/x3":      "dir", // another data directory
@@ -75,7 +76,7 @@ func TestLeftovers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			d := goodDoctor(t, nil)
 			d.Root = crowdedHost(d).FS()
-			for _, dir := range []string{d.InstanceDir + "/x1", d.InstanceDir + "/x2", d.DataDir + "/disk/disks/ready-1"} {
+			for _, dir := range []string{d.InstanceDir + "/spare-e1", d.InstanceDir + "/x1", d.InstanceDir + "/x2", d.DataDir + "/disk/disks/ready-1"} {
 				if err := os.MkdirAll(dir, 0o700); err != nil {
 					t.Fatal(err)
 				}

@@ -45,6 +45,10 @@ type Spec struct {
 	Env      []string
 	Hostname string
 	Limits   Limits
+	// Restore says that the instance is for a guest that was saved: it is to be
+	// restored, and cannot be started. The runtime may have something ready for
+	// it.
+	Restore bool `json:",omitempty"`
 	// Labels are kept with the instance and returned by Instances, so that a
 	// caller that lost its memory can tell what an instance is.
 	Labels map[string]string
@@ -127,7 +131,8 @@ type Runtime interface {
 	// An engine that is not there is cay.CodeSnapshotIncompatible.
 	Create(ctx context.Context, s Spec) error
 
-	// Start runs the guest of a created instance. A failed Start leaves the
+	// Start runs the guest of a created instance, but of one that is for Restore
+	// (cay.CodeConflict). A failed Start leaves the
 	// instance for Kill.
 	Start(ctx context.Context, id InstanceID) error
 

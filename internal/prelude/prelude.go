@@ -62,6 +62,27 @@ func IsSandbox(args []string) bool {
 // the file server of a sandbox. Its path has no comma.
 const GoferOption = "gofer="
 
+// RootOption is the option after [Mark] of a sandbox that was started before
+// its guest is known: it names the socket from which its file server, which has
+// to be the one of [GoferOption], gets the root directory. Its path has no comma.
+const RootOption = "root="
+
+// RootSocket returns what [RootOption] names on a command line, or "".
+func RootSocket(args []string) string {
+	for _, a := range args {
+		options, _ := strings.CutPrefix(a, Mark+",")
+		if options == a {
+			continue
+		}
+		for o := range strings.SplitSeq(options, ",") {
+			if path, ok := strings.CutPrefix(o, RootOption); ok {
+				return path
+			}
+		}
+	}
+	return ""
+}
+
 // goferProgram returns the path of the file server's program, and the command
 // line without it.
 func goferProgram(args []string) (path string, rest []string) {

@@ -28,6 +28,16 @@ func (i *instance) state() runtime.State {
 	return i.rec.State
 }
 
+// expectRestore notes that the guest is saved: who does that means to restore it.
+func (i *instance) expectRestore() {
+	i.mu.Lock()
+	k, engine := i.rec.Kind, i.rec.Engine
+	i.mu.Unlock()
+	if k != (kind{}) && engine == i.sup.engine {
+		i.sup.heat(k)
+	}
+}
+
 func (i *instance) wrongState(what string, st runtime.State) error {
 	return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime,
 		Message: fmt.Sprintf("instance %s is %s and cannot be %s", i.rec.ID, st, what)}
@@ -119,6 +129,7 @@ func (i *instance) checkpoint(dir string) error {
 		return &cay.Error{Code: cay.CodeInvalidRequest, Layer: cay.LayerRuntime,
 			Message: fmt.Sprintf("%q is no empty directory for a checkpoint", dir), Err: err}
 	}
+	i.expectRestore()
 	if _, err = i.tell(toCheckpoint, dir); err == nil {
 		return nil
 	}
@@ -195,6 +206,7 @@ func (s *Supervisor) with(id runtime.InstanceID, what string, f func(i *instance
 	if err != nil {
 		return err
 	}
+	defer s.busy()()
 	i.op.Lock()
 	defer i.op.Unlock()
 	began := s.now()

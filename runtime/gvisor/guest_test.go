@@ -122,6 +122,12 @@ func TestConfinement(t *testing.T) {
 	s := m.spec(t, "print", "up")
 	pid := begin(t, r, s)
 	says(t, r, s.ID, "up")
+	confined(t, r, s, pid)
+}
+
+// confined checks the processes of an instance that runs.
+func confined(t *testing.T, r *Runtime, s runtime.Spec, pid int) {
+	t.Helper()
 	g := cgroup(home(r.Dir).instance(s.ID).cgroup)
 	members := g.members()
 	if !slices.Contains(members, pid) {
@@ -143,8 +149,12 @@ func TestConfinement(t *testing.T) {
 			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p)); err != nil || !strings.HasPrefix(filepath.Base(exe), goferPrefix) {
 				t.Errorf("the file server is %s, %v", exe, err)
 			}
-			if left, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", p)); err != nil || !slices.ContainsFunc(left, func(e os.DirEntry) bool { return e.Name() == "init" }) {
-				t.Errorf("the file server's root has %v, %v", left, err)
+			root, err := os.Stat(fmt.Sprintf("/proc/%d/root/.", p))
+			if want, werr := os.Stat(s.RootFS); err != nil || werr != nil || !os.SameFile(root, want) {
+				t.Errorf("the file server's root is not the guest's: %v, %v", err, werr)
+			}
+			if cwd, err := os.Stat(fmt.Sprintf("/proc/%d/cwd/.", p)); err != nil || !os.SameFile(root, cwd) {
+				t.Errorf("the file server is not in its root: %v", err)
 			}
 			if mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", p)); err != nil || strings.Count(string(mounts), "\n") > 1 {
 				t.Errorf("the file server still sees mounts: %s, %v", mounts, err)
@@ -177,7 +187,7 @@ func TestConfinement(t *testing.T) {
 		}
 		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p))
 		for _, fd := range fds {
-			if target, _ := os.Readlink(fd); strings.Contains(target, "supervisor") || strings.HasSuffix(target, "instance.json") {
+			if target, _ := os.Readlink(fd); strings.Contains(target, "supervisor") || strings.HasSuffix(target, "instance.json") || (name == "runsc-gofer" && strings.HasPrefix(target, home(r.Dir).instances())) {
 				t.Errorf("%s (%d) holds %s", name, p, target)
 			}
 		}

@@ -53,7 +53,7 @@ func Dispatch() {
 		prepareEngine(noFilters)
 		cli.Run(nil, commands(true), []subcommands.Command{})
 	case os.Args[0] == arg0Exe || strings.HasPrefix(name, "runsc"):
-		collectLate()
+		collectLate(prelude.RootSocket(os.Args) != "" && prelude.IsSandbox(os.Args))
 		filters := sandboxFilters
 		if name == arg0Gofer {
 			filters = goferFilters

@@ -95,6 +95,11 @@ func (i *instance) setState(st runtime.State) error {
 // create makes the instance's directory and processes. program is that of
 // another engine, or "" for ours. i.op is held.
 func (i *instance) create(ctx context.Context, spec runtime.Spec, program string) error {
+	if program == "" && spec.Restore {
+		if used, err := i.createAhead(spec); used {
+			return err
+		}
+	}
 	l := i.layout
 	if err := os.MkdirAll(l.engineRoot, 0o700); err != nil {
 		return fmt.Errorf("making the instance directory: %w", err)
@@ -165,6 +170,24 @@ func (i *instance) create(ctx context.Context, spec runtime.Spec, program string
 	return nil
 }
 
+// createAhead is create with an engine that was started ahead, if there is one.
+func (i *instance) createAhead(spec runtime.Spec) (used bool, err error) {
+	e := i.sup.takeEngine(kindOf(spec))
+	if e == nil {
+		return false, nil
+	}
+	if err := i.useEngine(e, spec); err != nil {
+		i.log.Warn("an engine that was started ahead cannot be used", "err", err)
+		i.sup.dropEngine(e)
+		return false, nil
+	}
+	if err := i.setState(runtime.Created); err != nil {
+		return true, err
+	}
+	i.watch()
+	return true, nil
+}
+
 // attach takes hold of the engine's processes.
 func (i *instance) attach(sentry, gofer processID) error {
 	s, err := openProcess(sentry)
@@ -182,14 +205,20 @@ func (i *instance) attach(sentry, gofer processID) error {
 	defer i.mu.Unlock()
 	i.sentry, i.gofer = s, g
 	i.rec.Sentry, i.rec.Gofer = s.processID, g.processID
+	if i.killed { // before there was anything to signal
+		return errors.Join(s.kill(), g.kill())
+	}
 	return nil
 }
 
 // start runs the guest. i.op is held.
 func (i *instance) start() error {
 	i.mu.Lock()
-	st := i.rec.State
+	st, saved := i.rec.State, i.rec.Restore
 	i.mu.Unlock()
+	if saved {
+		return i.wrongState("started: it is for a guest that was saved", st)
+	}
 	if st != runtime.Created {
 		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime, Message: fmt.Sprintf("instance %s is %s; only a created one can be started", i.rec.ID, st)}
 	}
@@ -227,7 +256,14 @@ func (i *instance) startError(err error) error {
 
 // container loads gVisor's own record of the instance.
 func (i *instance) container() (*container.Container, error) {
-	return loadContainer(i.layout, i.rec.ID)
+	return loadContainer(i.layout, i.sandbox())
+}
+
+// sandbox is the ID that gVisor knows the instance by.
+func (i *instance) sandbox() runtime.InstanceID {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.rec.sandbox()
 }
 
 // ask starts to ask the engine for PID 1's status, which it alone knows once
@@ -254,7 +290,7 @@ func (i *instance) askExit() {
 		return
 	}
 	defer conn.Close()
-	id := string(i.rec.ID)
+	id := string(i.sandbox())
 	var ws unix.WaitStatus
 	if err := conn.Call(boot.ContMgrWait, &id, &ws); err != nil {
 		return // the engine ended first; watch finds out why
@@ -511,7 +547,7 @@ func (i *instance) startedUnseen() bool {
 	if err != nil {
 		return false
 	}
-	st, err := c.Sandbox.ContainerRuntimeState(string(i.rec.ID))
+	st, err := c.Sandbox.ContainerRuntimeState(string(i.sandbox()))
 	return err == nil && st == boot.RuntimeStateRunning
 }
 

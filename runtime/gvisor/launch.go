@@ -354,6 +354,12 @@ func (s *Supervisor) keepSpares(ctx context.Context) {
 		var later <-chan time.Time
 		switch {
 		case have >= spareMax:
+			if d := s.keepEngines(ctx); d > 0 {
+				later = time.After(d)
+			}
+			if s.fewLaunchers() { // one became an engine
+				continue
+			}
 		case have > 0 && since < spareAfter:
 			later = time.After(spareAfter - since)
 		default:
@@ -371,6 +377,7 @@ func (s *Supervisor) keepSpares(ctx context.Context) {
 		case <-s.wantSpare:
 		case <-later:
 		case <-ctx.Done():
+			s.dropEngines()
 			s.mu.Lock()
 			spares := s.spares
 			s.spares = nil
@@ -383,10 +390,24 @@ func (s *Supervisor) keepSpares(ctx context.Context) {
 	}
 }
 
-// removeSpareGroups removes the cgroups that the spare launchers of a dead
-// supervisor left: they themselves died with it.
+// fewLaunchers reports whether launchers are missing.
+func (s *Supervisor) fewLaunchers() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.spares) < spareMax
+}
+
+// removeSpareGroups removes the spare cgroups of a dead supervisor, and ends the
+// engines in them. Its launchers died with it.
 func (s *Supervisor) removeSpareGroups() {
-	for n := range spareMax {
-		s.removeGroup(s.spareGroup(n))
+	seen := map[string]bool{}
+	for _, h := range hierarchies() {
+		ents, _ := os.ReadDir(filepath.Join(h, s.home.cgroupParent())) // none was made
+		for _, e := range ents {
+			if name := e.Name(); e.IsDir() && strings.HasPrefix(name, sparePrefix) && !seen[name] {
+				seen[name] = true
+				s.removeGroup(cgroup(filepath.Join(s.home.cgroupParent(), name)))
+			}
+		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 type home string
 
 func (h home) socket() string    { return filepath.Join(string(h), "supervisor.sock") }
+func (h home) roots() string     { return filepath.Join(string(h), "root.sock") }
 func (h home) lock() string      { return filepath.Join(string(h), "supervisor.lock") }
 func (h home) log() string       { return filepath.Join(string(h), "supervisor.log") }
 func (h home) shared() string    { return filepath.Join(string(h), "shared") }

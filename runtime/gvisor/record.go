@@ -31,6 +31,21 @@ type record struct {
 	Sentry    processID          `json:"sentry"`
 	Gofer     processID          `json:"gofer"`
 	Exit      *runtime.Exit      `json:"exit,omitempty"`
+	// Kind is that of the guest; Restore is its spec's.
+	Kind    kind `json:"kind,omitzero"`
+	Restore bool `json:"restore,omitempty"`
+	// Sandbox and NetNS are set where the engine was started before the guest
+	// was known: gVisor's ID for it, and the guest's network namespace.
+	Sandbox runtime.InstanceID `json:"sandbox,omitempty"`
+	NetNS   string             `json:"netNS,omitempty"`
+}
+
+// sandbox is the ID that gVisor knows the instance by.
+func (r record) sandbox() runtime.InstanceID {
+	if r.Sandbox != "" {
+		return r.Sandbox
+	}
+	return r.ID
 }
 
 // bootID names the current boot of the machine (random(4)).

@@ -35,6 +35,9 @@ type Runtime struct {
 	// Exe is the program of the supervisor and of everything it starts; "" is the
 	// one we are. It may be removed while it runs.
 	Exe string
+	// Ahead is how many engines are kept started for each kind of guest that was
+	// saved or restored lately; 0 is none.
+	Ahead int
 	// Programs is the directory of the programs of engines, each under its name:
 	// Exe's and those of earlier versions. "" is none.
 	Programs string
@@ -344,6 +347,7 @@ func (r *Runtime) Info(ctx context.Context) (runtime.Info, error) {
 	}
 	d["supervisor_pid"] = strconv.Itoa(h.PID)
 	d["protocol"] = strconv.Itoa(h.Protocol)
+	d["engines_ahead"] = strconv.Itoa(h.Ahead)
 	return runtime.Info{Name: "gvisor", Version: h.Engine, Program: r.program(), Platform: enginePlatform, Detail: d}, nil
 }
 
@@ -353,7 +357,7 @@ func (r *Runtime) Create(ctx context.Context, s runtime.Spec) error {
 	if err != nil {
 		return fmt.Errorf("encoding the spec: %w", err)
 	}
-	path := pathCreate
+	q := url.Values{"ahead": {strconv.Itoa(r.Ahead)}}
 	if e := s.Engine; e.Version != "" && e.Version != Version() {
 		file := filepath.Join(r.Programs, e.Program)
 		if _, err := os.Stat(file); err != nil || r.Programs == "" || e.Program == "" {
@@ -361,9 +365,9 @@ func (r *Runtime) Create(ctx context.Context, s runtime.Spec) error {
 				Message: fmt.Sprintf("the engine %s is not there any more; this node has %s", e.Version, Version()),
 				Fix:     "start from the disk alone, or with the version of Cay that has it", Err: err}
 		}
-		path += "?" + url.Values{"program": {file}}.Encode()
+		q.Set("program", file)
 	}
-	return r.call(ctx, http.MethodPost, path, body, nil)
+	return r.call(ctx, http.MethodPost, pathCreate+"?"+q.Encode(), body, nil)
 }
 
 // program names our own engine's program.

@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 	"strings"
 	"time"
@@ -47,7 +48,7 @@ func shortBoot(args []string) []string {
 	for _, a := range args[:at] {
 		if opts, ok := strings.CutPrefix(a, prelude.Mark); ok {
 			for o := range strings.SplitSeq(strings.TrimPrefix(opts, ","), ",") {
-				if o != "" && !strings.HasPrefix(o, prelude.GoferOption) {
+				if o != "" && !strings.HasPrefix(o, prelude.GoferOption) && !strings.HasPrefix(o, prelude.RootOption) {
 					extra = append(extra, "--"+o)
 				}
 			}
@@ -69,13 +70,52 @@ const (
 
 // collectLate keeps the garbage collector out of the start of an engine process,
 // where processors are what lacks, and afterwards returns what the start needed:
-// most sandboxes are idle most of the time.
-func collectLate() {
+// most sandboxes are idle most of the time. One that is started ahead of its
+// guest starts in two steps, with a rest of any length between them.
+func collectLate(ahead bool) {
 	percent := debug.SetGCPercent(-1)
 	limit := debug.SetMemoryLimit(startHeap)
-	time.AfterFunc(startTakes, func() {
+	go func() {
+		if ahead {
+			awaitUse(time.NewTicker(restEvery).C, allocated, debug.FreeOSMemory)
+		}
+		time.Sleep(startTakes)
 		debug.SetMemoryLimit(limit)
 		debug.SetGCPercent(percent)
 		debug.FreeOSMemory()
-	})
+	}()
+}
+
+const (
+	restEvery = time.Second
+	// restsBelow is more than an engine without a guest allocates in restEvery.
+	restsBelow = 64 << 10
+	// usedAbove is less than a guest takes to restore.
+	usedAbove = 1 << 20
+)
+
+// awaitUse returns when a process that rests is put to use, by what it has
+// allocated at each tick. When it begins to rest it calls rests.
+func awaitUse(tick <-chan time.Time, allocated func() uint64, rests func()) {
+	last, resting := allocated(), false
+	for range tick {
+		now := allocated()
+		switch {
+		case resting && now-last > usedAbove:
+			return
+		case resting: // since it began to
+		case now-last < restsBelow:
+			rests()
+			last, resting = allocated(), true
+		default:
+			last = now
+		}
+	}
+}
+
+// allocated is how many bytes the process has allocated on its heap so far.
+func allocated() uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
 }

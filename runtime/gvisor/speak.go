@@ -11,10 +11,13 @@ import (
 	"strings"
 	"syscall"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/state/statefile"
+	"gvisor.dev/gvisor/runsc/config"
 	"gvisor.dev/gvisor/runsc/container"
 	"gvisor.dev/gvisor/runsc/sandbox"
+	"gvisor.dev/gvisor/runsc/specutils"
 
 	"github.com/cayhq/cay/runtime"
 )
@@ -48,6 +51,9 @@ type request struct {
 	Order order              `json:"order"`
 	Dir   string             `json:"dir,omitempty"`
 	Debug string             `json:"debug,omitempty"`
+	// Of a sandbox that was started before its guest was known.
+	Sandbox runtime.InstanceID `json:"sandbox,omitempty"`
+	NetNS   string             `json:"netNS,omitempty"`
 }
 
 // reply is what came of it.
@@ -58,7 +64,10 @@ type reply struct {
 
 // tell gives the instance's sandbox an order. i.op is held.
 func (i *instance) tell(what order, dir string) (stopped bool, err error) {
-	req := request{Home: string(i.sup.home), ID: i.rec.ID, Order: what, Dir: dir, Debug: i.sup.DebugDir}
+	i.mu.Lock()
+	rec := i.rec
+	i.mu.Unlock()
+	req := request{Home: string(i.sup.home), ID: rec.ID, Order: what, Dir: dir, Debug: i.sup.DebugDir, Sandbox: rec.Sandbox, NetNS: rec.NetNS}
 	if exe := i.otherEngine(); exe != "" {
 		return speakBy(i.sup.reaper, exe, req)
 	}
@@ -83,7 +92,7 @@ func speak(req request) (stopped bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	c, err := loadContainer(l, req.ID)
+	c, err := loadContainer(l, record{ID: req.ID, Sandbox: req.Sandbox}.sandbox())
 	if err != nil {
 		return false, err
 	}
@@ -91,6 +100,9 @@ func speak(req request) (stopped bool, err error) {
 	case toStart:
 		return false, c.Start(conf)
 	case toRestore:
+		if req.NetNS != "" {
+			return false, restoreIn(req.NetNS, c, conf, req.Dir)
+		}
 		return false, c.Restore(conf, req.Dir, false, false, nil)
 	case toCheckpoint:
 		return false, c.Checkpoint(conf, req.Dir, sandbox.CheckpointOpts{Compression: statefile.CompressionLevelNone, Resume: true})
@@ -106,6 +118,29 @@ func speak(req request) (stopped bool, err error) {
 		return tasksStopped(stacks), nil
 	}
 	return false, fmt.Errorf("this engine (%s) does not know the order %q", Version(), req.Order)
+}
+
+// restoreIn is the container's Restore for a sandbox that is not in the network
+// namespace of its guest.
+//
+// gVisor hands over the links of the namespace in which it finds the process
+// that is the sandbox, and asks for that process for nothing else: here, this
+// thread.
+func restoreIn(netns string, c *container.Container, conf *config.Config, dir string) error {
+	failed := make(chan error)
+	go func() {
+		goruntime.LockOSThread()
+		back, err := specutils.ApplyNS(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: netns})
+		if err != nil {
+			failed <- fmt.Errorf("setting up network: %w", err)
+			return // and the thread ends
+		}
+		c.Sandbox.Pid.Store(unix.Gettid())
+		err = c.Sandbox.Restore(conf, c.Spec, c.ID, dir, false, false, nil)
+		back()
+		failed <- err
+	}()
+	return <-failed
 }
 
 // loadContainer loads gVisor's own record of an instance.

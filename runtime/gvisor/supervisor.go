@@ -58,16 +58,26 @@ type Supervisor struct {
 
 	wantSpare chan struct{} // of one element: keepSpares should look
 
-	mu        sync.Mutex
-	spares    []*launcher
-	lastTaken time.Time // of a spare
-	instances map[runtime.InstanceID]*instance
-	closing   bool
-	seq       int64
-	ends      []exit        // the last endsKept, of which the last has number seq
-	news      chan struct{} // closed when seq rises
-	clients   int           // requests under way
-	lastUse   time.Time
+	roots     *net.UnixListener  // where file servers ask for their root; or nil
+	askers    chan *net.UnixConn // who asks there
+	engineSeq int                // of keepEngines
+
+	mu         sync.Mutex
+	engines    []*engine
+	ahead      int                // how many of them are wanted of a kind
+	kinds      map[kind]time.Time // of guests lately saved or restored, and when
+	working    int                // calls of busy that are not done
+	lastWork   time.Time
+	lastFailed time.Time // that an engine could not be started ahead
+	spares     []*launcher
+	lastTaken  time.Time // of a spare
+	instances  map[runtime.InstanceID]*instance
+	closing    bool
+	seq        int64
+	ends       []exit        // the last endsKept, of which the last has number seq
+	news       chan struct{} // closed when seq rises
+	clients    int           // requests under way
+	lastUse    time.Time
 }
 
 // endsKept is how many ends a client may miss between two questions.
@@ -97,7 +107,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	s.home, s.reaper, s.started = home(dir), newReaper(), s.now()
 	s.epoch = strconv.Itoa(os.Getpid()) + "-" + strconv.FormatInt(s.started.UnixNano(), 36)
-	s.wantSpare = make(chan struct{}, 1)
+	s.wantSpare, s.askers, s.kinds = make(chan struct{}, 1), make(chan *net.UnixConn), map[kind]time.Time{}
 	s.instances, s.news, s.lastUse = map[runtime.InstanceID]*instance{}, make(chan struct{}), s.started
 	for _, d := range []string{dir, s.home.shared(), s.home.instances()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -132,6 +142,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 
 	s.adoptAll()
 	s.removeSpareGroups()
+	s.listenRoots()
 	_ = os.Remove(s.home.socket()) // ours by the lock, left by a dead supervisor
 	ln, err := net.Listen("unix", s.home.socket())
 	if err != nil {
@@ -147,6 +158,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	var g sync.WaitGroup
 	g.Go(func() { s.reaper.run(ctx) })
 	g.Go(func() { s.watchIdle(ctx) })
+	g.Go(func() { s.acceptRoots(ctx) })
 	g.Go(func() { s.keepSpares(ctx) })
 	g.Go(func() {
 		<-ctx.Done()
@@ -299,7 +311,7 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec, program stri
 		engine = spec.Engine.Version
 	}
 	i := s.newInstance(record{Format: recordFormat, ID: spec.ID, Engine: engine, Boot: bootID(),
-		State: creating, CreatedAt: s.now().UTC(), Labels: spec.Labels})
+		State: creating, CreatedAt: s.now().UTC(), Labels: spec.Labels, Kind: kindOf(spec), Restore: spec.Restore})
 	i.op.Lock()
 	s.mu.Lock()
 	switch {
@@ -313,11 +325,12 @@ func (s *Supervisor) create(ctx context.Context, spec runtime.Spec, program stri
 	s.instances[spec.ID] = i
 	s.mu.Unlock()
 	began := s.now()
-	err := i.create(ctx, spec, program)
-	select {
-	case s.wantSpare <- struct{}{}: // not before: its start would compete with this one
-	default:
+	done := s.busy()
+	if spec.Restore && program == "" {
+		s.heat(kindOf(spec))
 	}
+	err := i.create(ctx, spec, program)
+	done()
 	if err == nil {
 		err = ctx.Err() // the caller has given up: it counts on nothing being left
 	}
@@ -476,9 +489,9 @@ func (s *Supervisor) handler() http.Handler {
 	}
 	mux.HandleFunc("GET "+pathHello, func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
-		n := len(s.instances)
+		n, ahead := len(s.instances), len(s.engines)
 		s.mu.Unlock()
-		writeJSON(w, hello{Protocol: Protocol, Engine: s.engine, Version: cay.Version, PID: os.Getpid(), StartedAt: s.started, Instances: n, Detail: detail()})
+		writeJSON(w, hello{Protocol: Protocol, Engine: s.engine, Version: cay.Version, PID: os.Getpid(), StartedAt: s.started, Instances: n, Ahead: ahead, Detail: detail()})
 	})
 	mux.HandleFunc("POST "+pathLeave, act(func(context.Context, *http.Request) error {
 		s.mu.Lock()
@@ -492,6 +505,7 @@ func (s *Supervisor) handler() http.Handler {
 		if err := json.NewDecoder(http.MaxBytesReader(nil, r.Body, 4<<20)).Decode(&spec); err != nil {
 			return fmt.Errorf("decoding the spec: %w", err)
 		}
+		s.wantAhead(r.URL.Query().Get("ahead"))
 		return s.create(ctx, spec, r.URL.Query().Get("program"))
 	}))
 	// Once begun, these are carried through, whatever becomes of the asker.

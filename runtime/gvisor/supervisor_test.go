@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -173,8 +174,8 @@ func TestShutdownIsFinal(t *testing.T) {
 	}
 }
 
-// TestCrashAtAnyPoint kills the supervisor at random moments of creates, starts
-// and kills. Afterwards nothing may be there that is not listed, and after the
+// TestCrashAtAnyPoint kills the supervisor at random moments of creates, starts,
+// restores and kills, and of the start of engines for guests to come. Afterwards nothing may be there that is not listed, and after the
 // kill of what is listed, nothing at all.
 func TestCrashAtAnyPoint(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
@@ -185,6 +186,14 @@ func TestCrashAtAnyPoint(t *testing.T) {
 		rounds = 3
 	}
 	m := newMachine(t)
+	m.ahead = 2
+	r := m.open(t)
+	first := m.spec(t, "run")
+	begin(t, r, first)
+	memory := save(t, r, first.ID)
+	if err := errors.Join(r.Kill(t.Context(), first.ID), r.Close()); err != nil {
+		t.Fatal(err)
+	}
 	for round := range rounds {
 		r := m.open(t)
 		pid := r.info.PID
@@ -193,14 +202,19 @@ func TestCrashAtAnyPoint(t *testing.T) {
 		c := m.runtime()
 		c.home, c.log, c.http = r.home, slogDiscard(), clientOf(r.home)
 		var g sync.WaitGroup
-		for range 2 {
+		for n := range 2 {
 			s := m.spec(t, "run")
+			run := withID(pathStart, s.ID)
+			if (round+n)%2 == 1 {
+				s.Restore = true
+				run = pathRestore + "?" + url.Values{"id": {string(s.ID)}, "dir": {memory}}.Encode()
+			}
 			g.Go(func() {
 				body := specJSON(t, s)
 				for _, call := range []struct {
 					path string
 					body []byte
-				}{{pathCreate, body}, {withID(pathStart, s.ID), nil}, {withID(pathKill, s.ID), nil}} {
+				}{{pathCreate + "?ahead=2", body}, {run, nil}, {withID(pathKill, s.ID), nil}} {
 					if err := c.post(context.Background(), call.path, call.body); err != nil {
 						return
 					}
@@ -213,6 +227,9 @@ func TestCrashAtAnyPoint(t *testing.T) {
 		}
 		g.Wait()
 		r = m.open(t)
+		if dirs, _ := filepath.Glob(filepath.Join(r.home.instances(), enginePrefix+"*")); len(dirs) > 0 {
+			t.Errorf("round %d: the engines of the dead supervisor are there: %v", round, dirs)
+		}
 		all, err := r.Instances(t.Context())
 		if err != nil {
 			t.Fatal(err)

@@ -13,13 +13,13 @@ import (
 // Protocol is the number of the protocol between server and supervisor. It
 // rises when an older peer would misunderstand a newer one; GET /hello and
 // POST /leave keep their meaning for ever, so that any two can part.
-const Protocol = 3
+const Protocol = 4
 
 // The paths of the supervisor's API. Everything is JSON.
 const (
 	pathHello      = "/hello"      // GET → hello
 	pathLeave      = "/leave"      // POST: end, leaving the guests to a successor
-	pathCreate     = "/create"     // POST ?program= runtime.Spec
+	pathCreate     = "/create"     // POST ?program=&ahead= runtime.Spec
 	pathStart      = "/start"      // POST ?id=
 	pathFreeze     = "/freeze"     // POST ?id=
 	pathThaw       = "/thaw"       // POST ?id=
@@ -42,6 +42,7 @@ type hello struct {
 	PID       int               `json:"pid"`
 	StartedAt time.Time         `json:"startedAt"`
 	Instances int               `json:"instances"`
+	Ahead     int               `json:"ahead"` // engines that have no guest yet
 	Detail    map[string]string `json:"detail,omitempty"`
 }
 

@@ -282,6 +282,9 @@ func (f *Fake) Start(ctx context.Context, id runtime.InstanceID) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.Spec.Restore {
+		return g.wrongState("started: it is for a guest that was saved")
+	}
 	if g.state.State != runtime.Created {
 		return &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerRuntime, Message: fmt.Sprintf("instance %s is %s; only a created one can be started", id, g.state.State)}
 	}

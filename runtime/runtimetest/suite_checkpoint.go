@@ -78,8 +78,9 @@ func testCheckpoint(t *testing.T, c *check) {
 
 	// Two copies beside the original: each counts on from the checkpoint.
 	var copies []runtime.InstanceID
-	for _, dir := range []string{first, second} {
+	for n, dir := range []string{first, second} {
 		s := c.Spec(t, "tick")
+		s.Restore = n == 0 // a promise, which it is no fault not to make
 		s.Env = append(s.Env, "ANOTHER=value")
 		c.no(c.Runtime.Create(c.ctx, s))
 		c.no(c.Runtime.Restore(c.ctx, s.ID, dir))
@@ -124,7 +125,14 @@ func testCheckpointRefusals(t *testing.T, c *check) {
 	c.no(c.Runtime.Restore(c.ctx, s.ID, good)) // the refusal did no harm
 	c.code(c.Runtime.Restore(c.ctx, s.ID, good), cay.CodeConflict)
 
+	saved := c.Spec(t, "tick")
+	saved.Restore = true
+	c.no(c.Runtime.Create(c.ctx, saved))
+	c.code(c.Runtime.Start(c.ctx, saved.ID), cay.CodeConflict)
+	c.no(c.Runtime.Restore(c.ctx, saved.ID, good))
+
 	other := c.Spec(t, "print", "another guest")
+	other.Restore = true
 	c.no(c.Runtime.Create(c.ctx, other))
 	c.code(c.Runtime.Restore(c.ctx, other.ID, good), cay.CodeSnapshotIncompatible)
 	for _, f := range []func() error{

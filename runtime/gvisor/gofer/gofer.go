@@ -36,7 +36,8 @@ import (
 // options is what gVisor says on the command line of a file server.
 type options struct {
 	bundle string
-	spec   int // descriptors
+	socket string // the root directory comes from there; "" if it is the spec's
+	spec   int    // descriptors
 	mounts int
 	root   int
 	chroot int
@@ -53,6 +54,7 @@ func parse(args []string) (options, error) {
 	if !prelude.IsOwnGofer(args) || at < 0 {
 		return o, errors.New("this is not a command line that it serves")
 	}
+	o.socket = prelude.RootSocket(args[:at])
 	rest := args[at+1:]
 	for i := 0; i < len(rest)-1; i++ { // the last one is the container's ID
 		name, value, ok := strings.Cut(strings.TrimLeft(rest[i], "-"), "=")
@@ -114,7 +116,16 @@ func serve(args []string) error {
 	if o.rpc >= 0 {
 		_ = unix.Close(o.rpc) // for mounts that we do not have
 	}
-	if err := enter(root); err != nil {
+	tree, later := -1, -1
+	if o.socket == "" {
+		tree, err = CloneTree(root)
+	} else {
+		later, err = connect(o.socket)
+	}
+	if err != nil {
+		return err
+	}
+	if err := leaveHost(); err != nil {
 		return err
 	}
 	// The kernel takes the mounts from us, who may have resolved their links.
@@ -122,6 +133,14 @@ func serve(args []string) error {
 	_, err = out.Write(mounts)
 	if err := errors.Join(err, out.Close()); err != nil {
 		return fmt.Errorf("writing the mounts: %w", err)
+	}
+	if later >= 0 {
+		if tree, err = receiveTree(later); err != nil || tree < 0 {
+			return err // or there is no guest for it
+		}
+	}
+	if err := enter(tree); err != nil {
+		return err
 	}
 	unix.Umask(0) // the guest's kernel has applied the guest's own
 	if err := confine(); err != nil {
@@ -191,9 +210,11 @@ func untilClosed(fd int) error {
 // that nobody needs once it is covered.
 const stage = "/proc/fs"
 
-// enter makes the guest's root directory the root of this process. Nothing else
-// of the host stays mounted in its namespace.
-func enter(root string) error {
+// guestRoot is where the guest's root directory is then.
+const guestRoot = "/root"
+
+// leaveHost leaves nothing of the host mounted in this process's namespace.
+func leaveHost() error {
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	for _, m := range []struct {
 		source, target, fstype string
@@ -201,8 +222,7 @@ func enter(root string) error {
 		dirs                   []string
 	}{
 		{"", "/", "", unix.MS_SLAVE | unix.MS_REC, nil}, // what we mount is ours alone
-		{"gofer", stage, "tmpfs", flags, []string{stage + "/root", stage + "/fd"}},
-		{root, stage + "/root", "", unix.MS_BIND | unix.MS_REC, nil},
+		{"gofer", stage, "tmpfs", flags, []string{stage + guestRoot, stage + "/fd"}},
 		// By way of it files are opened again with other rights. It is a mount
 		// of its own, so that ".." does not lead into /proc.
 		{"/proc/self/fd", stage + "/fd", "", unix.MS_BIND, nil},
@@ -225,13 +245,30 @@ func enter(root string) error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil { // the old one, on top
 		return fmt.Errorf("letting go of the old root: %w", err)
 	}
+	if err := unix.Chdir("/"); err != nil {
+		return err
+	}
 	if err := fsgofer.OpenProcSelfFD("/fd"); err != nil {
 		return err
 	}
 	if err := unix.Unmount("/fd", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("hiding /proc: %w", err)
 	}
-	if err := unix.Chroot("/root"); err != nil {
+	return nil
+}
+
+// enter makes the guest's root directory the root of this process.
+func enter(tree int) error {
+	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, guestRoot, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mounting the guest's root: %w", err)
+	}
+	if err := unix.Close(tree); err != nil {
+		return fmt.Errorf("closing the guest's root: %w", err)
+	}
+	if err := unix.Mount("", guestRoot, "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("keeping the guest's root apart: %w", err)
+	}
+	if err := unix.Chroot(guestRoot); err != nil {
 		return fmt.Errorf("changing to the guest's root: %w", err)
 	}
 	return unix.Chdir("/")
