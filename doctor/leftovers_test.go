@@ -18,7 +18,7 @@ func crowdedHost(d *Doctor) tree {
 		"proc/101/cmdline":                   engine("x1"),
 		"proc/102/cmdline":                   engine("x2"),
 		"proc/103/cmdline":                   "vi\x00" + d.InstanceDir + "/x9/log", // looks at it, is not of it
-		"proc/104/cmdline":                   engine("spare-e1"), // made ahead
+		"proc/104/cmdline":                   engine("spare-e1"),                   // made ahead
 		"sys/fs/cgroup/cay-0a0b0c0d/x1":      "dir",
 		"sys/fs/cgroup/cay-0a0b0c0d/x2":      "dir",
 		"sys/fs/cgroup/cay-ffffffff/x3":      "dir", // another data directory

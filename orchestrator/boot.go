@@ -239,6 +239,7 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 			"GOMAXPROCS=1", // of PID 1 alone, which then needs fewer threads
 		},
 		Hostname: "sandbox",
+		Restore:  b.from != nil && b.from.memory,
 		Limits:   runtime.Limits{CPUs: b.res.CPUs, MemoryBytes: int64(b.res.MemoryMB) << 20, PIDs: guestPIDs},
 		Labels:   map[string]string{"build": string(rec.Build)},
 	})

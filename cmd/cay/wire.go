@@ -74,6 +74,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h.rt = gvisor.New(d.path("run", "gvisor"))
 	h.rt.Args = []string{os.Args[0], "supervise", "--dir", d.path("run", "gvisor")}
 	h.rt.Programs = d.path("engine")
+	h.rt.Ahead = cfg.EnginesAhead
 	h.rt.Log = log.With("part", "runtime")
 	h.orch = &orchestrator.Orchestrator{
 		Node: nodeID, Dir: d.path("run", "orchestrator"), SnapshotDir: d.path("snapshots"),

@@ -40,6 +40,7 @@ type Settings struct {
 	MaxConns      int // of clients of the proxy; 0: as many as the process can have
 	MaxPerClient  int // of one address of them; 0: half
 	PoolSize      int // guests booted ahead per hot build
+	EnginesAhead  int // per kind of guest lately saved or resumed
 	SandboxCIDR   netip.Prefix
 	MaxSandboxes  int
 	// What no sandbox reaches, and what each may have, beside its own policy.
@@ -100,6 +101,7 @@ var Table = []Setting{
 	number("max-connections", 0, 0, 1<<20, "connections of clients to the proxy at once; 0 is 16384, or a third of the process's files if that is less", func(s *Settings) *int { return &s.MaxConns }),
 	number("max-connections-per-client", 0, 0, 1<<20, "those of one address; 0 is half of them, without a limit for this machine's own", func(s *Settings) *int { return &s.MaxPerClient }),
 	number("pool-size", 2, 0, 100, "sandboxes booted ahead for each template in use; 0 turns the pool off", func(s *Settings) *int { return &s.PoolSize }),
+	number("engines-ahead", 2, 0, 20, "engines started ahead for resumes and forks, of each size of sandbox that was paused, saved or resumed in the last ten minutes; 0 is none", func(s *Settings) *int { return &s.EnginesAhead }),
 	{Name: "sandbox-cidr", Env: env("sandbox-cidr"), Default: "10.193.0.0/16", Doc: "IPv4 range for the links between this machine and its sandboxes",
 		set: func(s *Settings, v string) (err error) {
 			s.SandboxCIDR, err = netip.ParsePrefix(v)
