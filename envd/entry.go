@@ -3,6 +3,7 @@ package envd
 import (
 	"io/fs"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,9 +25,9 @@ func (s *Server) entryAt(dir int, name, path string) (*pb.EntryInfo, error) {
 // describe is entryAt for a name that was looked at.
 func (s *Server) describe(dir int, name, path string, st *unix.Stat_t) *pb.EntryInfo {
 	e := &pb.EntryInfo{
-		Name:         filepath.Base(path),
+		Name:         inMessage(filepath.Base(path)),
 		Type:         fileType(st.Mode),
-		Path:         path,
+		Path:         inMessage(path),
 		Size:         st.Size,
 		Mode:         st.Mode & 0o777,
 		Permissions:  fileMode(st.Mode).String(),
@@ -48,6 +49,7 @@ func (s *Server) describe(dir int, name, path string, st *unix.Stat_t) *pb.Entry
 		}
 		e.Type, e.Mode = fileType(target.Mode), target.Mode&0o777
 		if p, err := fdPath(fd); err == nil {
+			p = inMessage(p)
 			e.SymlinkTarget = &p
 		}
 		if isRegular(&target) || isDir(&target) {
@@ -58,6 +60,10 @@ func (s *Server) describe(dir int, name, path string, st *unix.Stat_t) *pb.Entry
 	}
 	return e
 }
+
+// inMessage is a name as a message can have it, in UTF-8: what is not becomes
+// U+FFFD, so that one such name does not take a whole listing away.
+func inMessage(name string) string { return strings.ToValidUTF8(name, "\uFFFD") }
 
 func fileType(mode uint32) pb.FileType {
 	switch mode & unix.S_IFMT {

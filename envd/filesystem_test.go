@@ -396,3 +396,21 @@ func TestTempNames(t *testing.T) {
 		}
 	}
 }
+
+// A name that is not UTF-8 stands in listings, answers and events with U+FFFD,
+// and takes nothing else away.
+func TestNamesThatAreNotUTF8(t *testing.T) {
+	g := newFileGuest(t)
+	p := g.poll(&pb.CreateWatcherRequest{Path: g.home, IncludeEntry: true})
+	must(t, os.WriteFile(filepath.Join(g.home, "a\xff\xfeb"), nil, 0o644))
+	must(t, os.Symlink("a\xff\xfeb", filepath.Join(g.home, "link")))
+	evs := p.messages()
+	if len(evs) != 2 || evs[0].Name != "a\ufffdb" || evs[0].Entry.GetPath() != g.home+"/a\ufffdb" || evs[1].Entry.GetSymlinkTarget() != g.home+"/a\ufffdb" {
+		t.Errorf("reported are %v", evs)
+	}
+	r, err := g.fs.ListDir(t.Context(), as(&pb.ListDirRequest{Path: g.home, Depth: 1}, ""))
+	must(t, err)
+	if es := r.Msg.Entries; len(es) != 2 || es[0].Name != "a\ufffdb" || es[1].Name != "link" {
+		t.Errorf("listed are %v", es)
+	}
+}

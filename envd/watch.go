@@ -125,7 +125,7 @@ func (f *filesystemService) watch(h http.Header, req watchRequest) (*watcher, er
 // message is an event as the client gets it. The entry is what is there now;
 // it is missing if nothing is any more.
 func (f *filesystemService) message(w *watcher, ev change) *pb.FilesystemEvent {
-	m := &pb.FilesystemEvent{Name: ev.name, Type: ev.kind}
+	m := &pb.FilesystemEvent{Name: inMessage(ev.name), Type: ev.kind}
 	if !w.entries || ev.kind == pb.EventType_EVENT_TYPE_REMOVE || ev.kind == pb.EventType_EVENT_TYPE_RENAME {
 		return m
 	}
