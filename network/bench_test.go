@@ -7,16 +7,24 @@ import (
 	"github.com/cayhq/cay"
 )
 
+// BenchmarkSlot makes slots one after the other. They go at the end: the kernel
+// takes namespaces away in its own time.
 func BenchmarkSlot(b *testing.B) {
 	p := testPool(b, "bench")
 	for b.Loop() {
-		s := acquire(b, p, true)
-		b.StopTimer()
-		if err := p.Release(b.Context(), s.Index); err != nil {
-			b.Fatal(err)
-		}
-		b.StartTimer()
+		acquire(b, p, true)
 	}
+}
+
+// BenchmarkSlots makes two slots at once.
+func BenchmarkSlots(b *testing.B) {
+	p := testPool(b, "bench")
+	b.SetParallelism(1)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			acquire(b, p, true)
+		}
+	})
 }
 
 func BenchmarkRelease(b *testing.B) {

@@ -78,7 +78,10 @@ func openSlots(c *nftables.Conn, p *Pool) ([]string, error) {
 
 // allow lets a slot's interface leave the machine.
 func (p *Pool) allow(link string) error {
-	c, s := p.internetSet()
+	c, s, err := p.internetSet()
+	if err != nil {
+		return err
+	}
 	if err := c.SetAddElements(s, []nftables.SetElement{{Key: ifname(link)}}); err != nil {
 		return err
 	}
@@ -88,7 +91,10 @@ func (p *Pool) allow(link string) error {
 // deny lets interfaces leave the machine no more. Those that could not before
 // are no error.
 func (p *Pool) deny(links ...string) error {
-	c, s := p.internetSet()
+	c, s, err := p.internetSet()
+	if err != nil {
+		return err
+	}
 	var el []nftables.SetElement
 	for _, l := range links {
 		el = append(el, nftables.SetElement{Key: ifname(l)})
@@ -104,9 +110,11 @@ func (p *Pool) deny(links ...string) error {
 	return c.Flush()
 }
 
-func (p *Pool) internetSet() (*nftables.Conn, *nftables.Set) {
+// internetSet returns the set of what may leave, and a connection to change it.
+func (p *Pool) internetSet() (*nftables.Conn, *nftables.Set, error) {
 	t := &nftables.Table{Name: p.tableName(), Family: nftables.TableFamilyINet}
-	return &nftables.Conn{}, &nftables.Set{Table: t, Name: internetSet, KeyType: nftables.TypeIFName}
+	c, err := nftIn(nil)
+	return c, &nftables.Set{Table: t, Name: internetSet, KeyType: nftables.TypeIFName}, err
 }
 
 // refuse fills a chain that refuses with an answer, so that a program in the

@@ -34,14 +34,6 @@ func onThread(f func() error) error {
 	return <-done
 }
 
-// onHost runs f in the namespace of the process, for a caller that may be on
-// one of onThread's: a new goroutine never starts on a locked thread.
-func onHost(f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	return <-done
-}
-
 // inNamespace runs f on a thread in the network namespace that is open as ns.
 func inNamespace(ns *os.File, f func() error) error {
 	return onThread(func() error {

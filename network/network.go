@@ -170,9 +170,12 @@ func (p *Pool) prepare() error {
 	p.special = spans(append(append(Refused(), p.Refuse...), p.cidr()))
 	var open []string
 	err := p.take(func() (err error) {
-		c := &nftables.Conn{}
-		if open, err = openSlots(c, p); err != nil {
+		if open, err = openSlots(&nftables.Conn{}, p); err != nil {
 			return fmt.Errorf("reading the firewall: %w", err)
+		}
+		c, err := nftIn(nil)
+		if err != nil {
+			return err
 		}
 		if err := hostFirewall(c, p, open); err != nil {
 			return fmt.Errorf("loading the firewall: %w", err)

@@ -316,9 +316,57 @@ func dropTable(c *nftables.Conn, name string) error {
 	return c.Flush()
 }
 
-// nftIn opens nftables in the namespace of f.
+// nftIn opens nftables in the namespace of f, or the process's if that is nil,
+// for changes and not for questions. A batch asks the kernel for one answer.
+// The library asks for one to every message, and for every rule to be told
+// back, which takes longer than the rules do; it offers this one way around.
 func nftIn(f *os.File) (*nftables.Conn, error) {
-	return nftables.New(nftables.WithNetNSFd(int(f.Fd())), nftables.WithSockOptions(roomy))
+	done := []mdnetlink.Message{{Header: mdnetlink.Header{Type: mdnetlink.Error}, Data: make([]byte, 4)}}
+	return nftables.New(nftables.WithTestDial(func(batch []mdnetlink.Message) ([]mdnetlink.Message, error) {
+		if len(batch) == 0 { // the answer to another message of it
+			return done, nil
+		}
+		return done, sendBatch(f, batch)
+	}))
+}
+
+// sendBatch has the kernel carry out a batch, whose first and last message only
+// frame it.
+func sendBatch(f *os.File, batch []mdnetlink.Message) error {
+	var cfg mdnetlink.Config
+	if f != nil {
+		cfg.NetNS = int(f.Fd())
+	}
+	c, err := mdnetlink.Dial(unix.NETLINK_NETFILTER, &cfg)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := roomy(c); err != nil {
+		return err
+	}
+	for i := range batch {
+		h := &batch[i].Header
+		h.Sequence, h.PID = 0, 0 // this socket's
+		h.Flags &^= mdnetlink.Acknowledge | mdnetlink.Echo
+	}
+	last := len(batch) - 2
+	batch[last].Header.Flags |= mdnetlink.Acknowledge
+	sent, err := c.SendMessages(batch)
+	if err != nil {
+		return err
+	}
+	for {
+		got, err := c.Receive() // an error of any message, too
+		if err != nil {
+			return err
+		}
+		for _, m := range got {
+			if m.Header.Sequence == sent[last].Header.Sequence {
+				return nil
+			}
+		}
+	}
 }
 
 // roomy lets a batch be larger than what a socket takes by default: one with

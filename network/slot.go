@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -113,80 +112,110 @@ func (p *Pool) found() (map[int]bool, error) {
 // build makes a slot from nothing and proves that it carries packets. What it
 // made before an error is for remove.
 func (p *Pool) build(index int, pol policy) error {
-	return onThread(func() error {
-		router, err := newNamespace(p.routerNS(index))
-		if err != nil {
-			return fmt.Errorf("making the router's namespace: %w", err)
+	router, inner, err := newRooms(p.routerNS(index), p.innerNS(index))
+	if err != nil {
+		return err
+	}
+	defer router.close()
+	defer inner.close()
+	b := builder{pool: p, index: index, at: p.addresses(index), router: router.links, inner: inner.links}
+	if err := b.outer(router.ns); err != nil {
+		return fmt.Errorf("linking the router to the host: %w", err)
+	}
+	if err := b.innermost(inner.ns); err != nil {
+		return fmt.Errorf("linking the guest to the router: %w", err)
+	}
+	if err := p.Limits.slow(router.links, upLink, guestLink); err != nil {
+		return err
+	}
+	rules, err := nftIn(router.ns)
+	if err != nil {
+		return err
+	}
+	if err := p.routerFirewall(newTable(rules, routerTable), b.at, pol); err != nil {
+		return fmt.Errorf("loading the router's rules: %w", err)
+	}
+	if !pol.shut() {
+		if err := p.allow(p.link(index)); err != nil {
+			return fmt.Errorf("opening the host's rules: %w", err)
 		}
-		defer router.Close()
-		for _, s := range routerSettings {
-			if err := sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) {
+	}
+	if err := b.prove(inner.echo); err != nil {
+		return fmt.Errorf("testing the new slot: %w", err)
+	}
+	return nil
+}
+
+// room is a namespace in the making, with what only a thread in it can open.
+type room struct {
+	ns    *os.File
+	links *netlink.Handle
+	echo  *net.UDPConn // at any of its addresses
+}
+
+func (r *room) close() {
+	if r.links != nil {
+		r.links.Close()
+	}
+	if r.echo != nil {
+		r.echo.Close()
+	}
+	if r.ns != nil {
+		r.ns.Close()
+	}
+}
+
+// newRooms makes the two namespaces of a slot, at the same time: the kernel
+// takes a millisecond or two for each.
+func newRooms(routerPath, innerPath string) (router, inner *room, err error) {
+	router, inner = &room{}, &room{}
+	errs := make(chan error, 2)
+	go func() { errs <- onThread(func() error { return router.furnish(routerPath, routerSettings) }) }()
+	go func() {
+		errs <- onThread(func() error {
+			if err := inner.furnish(innerPath, innerSettings); err != nil {
 				return err
 			}
-		}
-		rh, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
+			var err error
+			inner.echo, err = net.ListenUDP("udp4", nil)
 			return err
-		}
-		defer rh.Close()
-		rules, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(roomy)) // of the namespace the thread is in
-		if err != nil {
-			return err
-		}
-		defer func() { _ = rules.CloseLasting() }() // what was sent is acknowledged already
-
-		inner, err := newNamespace(p.innerNS(index))
-		if err != nil {
-			return fmt.Errorf("making the guest's namespace: %w", err)
-		}
-		defer inner.Close()
-		// Not "all": the guest's loopback keeps ::1.
-		if err := sysctl("ipv6/conf/default/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-		ih, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer ih.Close()
-
-		b := builder{pool: p, index: index, at: p.addresses(index), router: rh, inner: ih}
-		if err := b.outer(router); err != nil {
-			return fmt.Errorf("linking the router to the host: %w", err)
-		}
-		if err := b.innermost(inner); err != nil {
-			return fmt.Errorf("linking the guest to the router: %w", err)
-		}
-		if err := p.Limits.slow(rh, upLink, guestLink); err != nil {
-			return err
-		}
-		if err := p.routerFirewall(newTable(rules, routerTable), b.at, pol); err != nil {
-			return fmt.Errorf("loading the router's rules: %w", err)
-		}
-		if !pol.shut() {
-			if err := onHost(func() error { return p.allow(p.link(index)) }); err != nil {
-				return fmt.Errorf("opening the host's rules: %w", err)
-			}
-		}
-		if err := b.prove(); err != nil {
-			return fmt.Errorf("testing the new slot: %w", err)
-		}
-		return nil
-	})
+		})
+	}()
+	if err := errors.Join(<-errs, <-errs); err != nil {
+		router.close()
+		inner.close()
+		return nil, nil, err
+	}
+	return router, inner, nil
 }
 
-// routerSettings are of the router's namespace, before it has links.
+// furnish moves the calling thread, which must be one of onThread, into a new
+// namespace.
+func (r *room) furnish(path string, settings [][2]string) (err error) {
+	if r.ns, err = newNamespace(path); err != nil {
+		return fmt.Errorf("making a namespace: %w", err)
+	}
+	for _, s := range settings {
+		if err := sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	r.links, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+	return err
+}
+
+// routerSettings are of the router's namespace, before it has links. To forward
+// is to believe no redirect.
 var routerSettings = [][2]string{
-	{"ipv6/conf/all/disable_ipv6", "1"},
-	{"ipv6/conf/default/disable_ipv6", "1"},
+	{"ipv6/conf/all/disable_ipv6", "1"}, // of links to come, too
 	{"ipv4/ip_forward", "1"},
 	{"ipv4/conf/all/rp_filter", "1"},
-	{"ipv4/conf/default/rp_filter", "1"},
 	{"ipv4/conf/all/send_redirects", "0"},
 	{"ipv4/conf/default/send_redirects", "0"},
-	{"ipv4/conf/all/accept_redirects", "0"},
-	{"ipv4/conf/default/accept_redirects", "0"},
 }
+
+// innerSettings are of the guest's. Not "all": the guest's loopback keeps ::1.
+var innerSettings = [][2]string{{"ipv6/conf/default/disable_ipv6", "1"}}
 
 type builder struct {
 	pool          *Pool
@@ -204,19 +233,20 @@ func (b builder) outer(router *os.File) error {
 	if err := p.host.LinkAdd(veth); err != nil {
 		return fmt.Errorf("making %s: %w", name, err)
 	}
-	if err := onHost(func() error { return sysctl("ipv6/conf/"+name+"/disable_ipv6", "1") }); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := sysctl("ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := up(p.host, name, b.at.host, 31, b.at.slot, upMAC); err != nil {
+	l, err := p.host.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	if err := up(p.host, l, end{b.at.host, 31, b.at.slot, upMAC}); err != nil {
 		return err
 	}
 	if err := bring(b.router, loopback); err != nil {
 		return err
 	}
-	if err := up(b.router, upLink, b.at.slot, 31, b.at.host, hostMAC); err != nil {
-		return err
-	}
-	return defaultRoute(b.router, upLink, b.at.host)
+	return upstream(b.router, upLink, end{b.at.slot, 31, b.at.host, hostMAC})
 }
 
 // innermost makes the link between router and guest.
@@ -227,16 +257,17 @@ func (b builder) innermost(inner *os.File) error {
 	if err := b.router.LinkAdd(veth); err != nil {
 		return err
 	}
-	if err := up(b.router, guestLink, gatewayAddr, 30, guestAddr, guestMAC); err != nil {
+	l, err := b.router.LinkByName(guestLink)
+	if err != nil {
+		return err
+	}
+	if err := up(b.router, l, end{gatewayAddr, 30, guestAddr, guestMAC}); err != nil {
 		return err
 	}
 	if err := bring(b.inner, loopback); err != nil {
 		return err
 	}
-	if err := up(b.inner, eth0, guestAddr, 30, gatewayAddr, gatewayMAC); err != nil {
-		return err
-	}
-	return defaultRoute(b.inner, eth0, gatewayAddr)
+	return upstream(b.inner, eth0, end{guestAddr, 30, gatewayAddr, gatewayMAC})
 }
 
 func bring(h *netlink.Handle, name string) error {
@@ -247,44 +278,47 @@ func bring(h *netlink.Handle, name string) error {
 	return h.LinkSetUp(l)
 }
 
+// end is one end of a link, and what it knows of the other.
+type end struct {
+	addr    netip.Addr
+	bits    int
+	peer    netip.Addr
+	peerMAC net.HardwareAddr
+}
+
 // up gives a link its address, switches it on, and tells it for good where the
 // other end is, so that no ARP is needed or believed.
-func up(h *netlink.Handle, name string, a netip.Addr, bits int, peer netip.Addr, peerMAC net.HardwareAddr) error {
-	l, err := h.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	mask := net.CIDRMask(bits, 32)
-	if err := h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: mask}, Scope: unix.RT_SCOPE_UNIVERSE}); err != nil {
+func up(h *netlink.Handle, l netlink.Link, e end) error {
+	mask := net.CIDRMask(e.bits, 32)
+	if err := h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: e.addr.AsSlice(), Mask: mask}, Scope: unix.RT_SCOPE_UNIVERSE}); err != nil {
 		return err
 	}
 	if err := h.LinkSetUp(l); err != nil {
 		return err
 	}
 	return h.NeighSet(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_INET,
-		State: netlink.NUD_PERMANENT, IP: peer.AsSlice(), HardwareAddr: peerMAC})
+		State: netlink.NUD_PERMANENT, IP: e.peer.AsSlice(), HardwareAddr: e.peerMAC})
 }
 
-func defaultRoute(h *netlink.Handle, name string, via netip.Addr) error {
+// upstream brings up a link of its name, and leads everything to the other end.
+func upstream(h *netlink.Handle, name string, e end) error {
 	l, err := h.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	return h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: via.AsSlice()})
+	if err := up(h, l, e); err != nil {
+		return err
+	}
+	return h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: e.peer.AsSlice()})
 }
 
 // proofTime bounds the test of a new slot. The packets take microseconds.
 const proofTime = 2 * time.Second
 
-// prove sends a datagram from the host to the guest's side and back. It runs on
-// the thread in the inner namespace.
-func (b builder) prove() error {
+// prove sends a datagram from the host to the guest's side, where the socket
+// guest is, and back. It closes the socket.
+func (b builder) prove(guest *net.UDPConn) error {
 	deadline := time.Now().Add(proofTime) // the kernel's clock, not the pool's
-	guest, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(guestAddr, 0)))
-	if err != nil {
-		return err
-	}
-	defer guest.Close()
 	if err := guest.SetDeadline(deadline); err != nil {
 		return err
 	}
@@ -292,7 +326,7 @@ func (b builder) prove() error {
 	ask := []byte("cay slot " + strconv.Itoa(b.index))
 
 	answered := make(chan error, 1)
-	go func() { // on a thread of the host's namespace
+	go func() {
 		defer guest.Close()
 		answered <- func() error {
 			c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.at.slot, port)))
@@ -303,7 +337,7 @@ func (b builder) prove() error {
 			got := make([]byte, 64)
 			// A link just switched on loses packets until the kernel's worker
 			// has seen its carrier, so ask again.
-			for pause := time.Millisecond; ; pause *= 2 {
+			for pause := time.Millisecond / 4; ; pause *= 2 {
 				if _, err := c.Write(ask); err != nil {
 					return err
 				}
@@ -332,7 +366,7 @@ func (b builder) prove() error {
 			break
 		}
 	}
-	err = <-answered
+	err := <-answered
 	if err != nil && !heard {
 		err = fmt.Errorf("nothing arrived at the guest's side (does a firewall of the host drop what goes to %s?): %w", b.at.slot, err)
 	}
