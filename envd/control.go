@@ -118,7 +118,10 @@ func (s *Server) identity(w http.ResponseWriter) {
 		EnvdVersion string `json:"envdVersion"`
 		EnvdDigest  string `json:"envdDigest"`
 		Generation  string `json:"generation"`
-	}{s.cfg.Build, s.settings().instance, Version, digest, s.settings().generation})
+		// Which of the envds it is, and whether it makes room for another.
+		PID       int  `json:"pid"`
+		Replacing bool `json:"replacing"`
+	}{s.cfg.Build, s.settings().instance, Version, digest, s.settings().generation, os.Getpid(), s.replacing.Load()})
 }
 
 func (s *Server) initialise(w http.ResponseWriter, r *http.Request) {

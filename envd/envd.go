@@ -98,6 +98,7 @@ type Server struct {
 	inFlight  atomic.Int64
 	transfers atomic.Int64 // of them, files on their way
 	replace   context.CancelFunc
+	replacing atomic.Bool // another program is in this one's place
 	relMu     sync.Mutex
 	release   *time.Timer
 
@@ -168,6 +169,7 @@ func (s *Server) Run(ctx context.Context, public, control net.Listener) error {
 			}
 		})
 	}
+	s.procs.keeper.tell(isUp, 0, nil)
 	fctx, stop := context.WithCancel(ctx)
 	if s.cfg.System {
 		fw := forwarder{log: s.log, procs: s.procs, proc: "/proc"}
@@ -198,7 +200,8 @@ func (s *Server) inherit() error {
 		return err
 	}
 	s.procs.keeper = k
-	if err := s.procs.takeOver(k); err != nil {
+	other := func(m packet) error { return s.watchers.takeOver(s, m) }
+	if err := s.procs.takeOver(k, other); err != nil {
 		s.procs.keeper = nil
 		return err
 	}

@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"bytes"
 	"mime"
 	"net/http"
 	"net/url"
@@ -266,6 +267,35 @@ func FuzzKept(f *testing.F) {
 			t.Errorf("a process without files was taken over: %+v", p)
 		case p.config == nil || p.pid != m.pid:
 			t.Errorf("it has the number %d, not %d, and the configuration %v", p.pid, m.pid, p.config)
+		}
+	})
+}
+
+// FuzzKeptWatcher: nothing that PID 1 may hand over as a watcher stops the next
+// envd, and what it takes is what it would hand over itself.
+func FuzzKeptWatcher(f *testing.F) {
+	const head = `{"id":"w1","user":"u","path":"/d","recursive":true}`
+	f.Add([]byte(""))
+	f.Add([]byte(head))
+	f.Add([]byte(head + `{"nodes":[{"p":-1,"w":1},{"p":0,"n":"YQ==","c":true,"w":2}]}`))
+	f.Add([]byte(head + `{"nodes":[{"p":-1},{"p":0,"n":"YQ=="}],"moving":{"7":1},"waiting":[1],"doubts":[{"d":0,"n":"YQ=="}],` +
+		`"raw":[{"w":1,"m":256,"n":"/w=="}],"changes":[{"k":1,"n":"/w=="}]}`))
+	f.Add([]byte(head + `{"nodes":[{"p":0,"c":true}]}`))
+	f.Add([]byte(head + `{"nodes":[{"p":-1}],"waiting":[9]}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s := New(Config{})
+		w, id, err := loadWatcher(s, bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		var once, twice bytes.Buffer
+		must(t, w.save(id, &once))
+		again, id, err := loadWatcher(s, bytes.NewReader(once.Bytes()))
+		must(t, err)
+		must(t, again.save(id, &twice))
+		// The order of children and of cookies is no matter of ours.
+		if once.Len() != twice.Len() || again.cost != w.cost || again.queue.cost != w.queue.cost || len(again.dirs) != len(w.dirs) {
+			t.Errorf("%s becomes %s", &once, &twice)
 		}
 	})
 }

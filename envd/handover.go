@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -29,6 +30,8 @@ const (
 	tellStatus    = 's' // a wait status in four bytes
 	keepPiece     = 'p' // the number of a file, and output that nobody got
 	handOver      = 'x' // all is said: start the next
+	isUp          = 'u' // this envd serves
+	gotPieces     = 'g' // the output that was kept of a process is here
 	thatIsAll     = 'd' // from PID 1: these were the processes
 )
 
@@ -192,10 +195,11 @@ func parsePacket(b []byte) (packet, error) {
 }
 
 // takeOver makes the processes of the envd before this one its own. What PID 1
-// says later, how they end, it goes on to hear.
-func (ps *processes) takeOver(k *keeperConn) error {
+// says later, how they end, it goes on to hear. other gets the rest: watchers.
+func (ps *processes) takeOver(k *keeperConn, other func(packet) error) error {
 	buf, oob := make([]byte, maxPacket), make([]byte, unix.CmsgSpace(4*fileCount))
 	found := map[uint32]*process{}
+	var others []packet // PID 1 does not listen before it has said all
 	for {
 		m, err := k.next(buf, oob)
 		if err != nil {
@@ -206,6 +210,9 @@ func (ps *processes) takeOver(k *keeperConn) error {
 		}
 		p := found[m.pid]
 		switch {
+		case m.kind == keepProcess && m.pid >= firstWatcher:
+			m.body = bytes.Clone(m.body) // the buffer is used again
+			others = append(others, m)
 		case m.kind == keepProcess:
 			if p, err = adopt(m); err != nil {
 				ps.log.Warn("a process of the envd before cannot be taken over", "pid", m.pid, "err", err)
@@ -220,7 +227,14 @@ func (ps *processes) takeOver(k *keeperConn) error {
 			p.held[m.body[0]] = append(p.held[m.body[0]], m.body[1:]...)
 		}
 	}
+	for _, m := range others {
+		k.tell(forgetProcess, m.pid, nil) // before anything is taken out of it
+		if err := other(m); err != nil {
+			ps.log.Warn("a watcher of the envd before cannot be taken over", "err", err)
+		}
+	}
 	for pid, p := range found {
+		k.tell(gotPieces, pid, nil)
 		if p.end != nil {
 			ps.retire(p)
 			k.tell(forgetProcess, pid, nil)

@@ -94,19 +94,31 @@ func (ps *processes) handOver() {
 }
 
 // leave makes room for the next envd, which PID 1 starts: it takes over the
-// processes and their output, where this one stopped, the configuration and the
-// ports. Transfers under way are waited for, streams are told to come again.
+// processes and their output, where this one stopped, the watchers that are
+// polled, the configuration and the ports. Transfers under way are waited for,
+// streams are told to come again.
 func (s *Server) leave(servers []*http.Server) {
 	s.await(transferTime, func() bool { return s.transfers.Load() == 0 })
+	gone, stop := context.WithCancel(context.Background())
+	stop()
 	for _, h := range servers {
 		h.SetKeepAlivesEnabled(false)
-		ctx, stop := context.WithCancel(context.Background())
-		stop()
-		_ = h.Shutdown(ctx) // closes the listener: whoever comes waits for the next envd
+		_ = h.Shutdown(gone) // closes the listener: whoever comes waits for the next envd
 	}
 	s.procs.handOver()
-	s.watchers.closeAll()
+	s.watchers.leave()
 	s.await(answerTime, func() bool { return s.inFlight.Load() == 0 })
+	for _, h := range servers {
+		ctx, stop := context.WithTimeout(context.Background(), answerTime)
+		if h.Shutdown(ctx) != nil {
+			h.Close() // what is cut off now takes away what it has made
+		}
+		stop()
+	}
+	s.await(answerTime, func() bool { return s.inFlight.Load() == 0 })
+	for _, err := range s.watchers.handOver(s.procs.keeper) {
+		s.log.Error("a watcher ends with this envd", "err", err)
+	}
 	s.procs.keeper.tell(handOver, 0, nil)
 }
 

@@ -163,14 +163,35 @@ const (
 	tempReplaces = 'r' // the target exists
 )
 
-var tempKey = sync.OnceValue(func() []byte {
-	key := make([]byte, 32)
-	rand.Read(key)
-	return key
-})
+// secretKey is made when it is first asked for, or is that of the envd before.
+type secretKey struct {
+	mu  sync.Mutex
+	key []byte
+}
+
+func (k *secretKey) get() []byte {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.key == nil {
+		k.key = make([]byte, 32)
+		rand.Read(k.key)
+	}
+	return k.key
+}
+
+// inherit takes another key over, unless that is none.
+func (k *secretKey) inherit(key []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(key) > 0 {
+		k.key = key
+	}
+}
+
+var tempKey secretKey
 
 func tempSum(s string) string {
-	h := hmac.New(sha256.New, tempKey())
+	h := hmac.New(sha256.New, tempKey.get())
 	h.Write([]byte(s))
 	return hex.EncodeToString(h.Sum(nil)[:12])
 }

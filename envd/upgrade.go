@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -37,6 +38,7 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
 	case !changed:
 		w.WriteHeader(http.StatusNoContent)
 	default:
+		s.replacing.Store(true)
 		w.WriteHeader(http.StatusAccepted)
 		s.replace()
 	}
@@ -79,11 +81,21 @@ func (s *Server) install(r *http.Request) (changed bool, err error) {
 	if out, err := exec.CommandContext(ctx, f.Name(), "-version").CombinedOutput(); err != nil {
 		return false, invalid("the other envd does not run here: %v: %s", err, out[:min(len(out), 512)])
 	}
-	if err := os.Rename(path, path+previousSuffix); err != nil {
-		return false, fmt.Errorf("putting this envd aside: %w", err)
+	return true, put(f.Name(), path)
+}
+
+// put has a program take the place of another, which keeps a second name. At
+// every instant there is one in the place: a disk that is saved now boots.
+func put(program, path string) error {
+	previous := path + previousSuffix
+	if err := os.Remove(previous); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing the envd before this one: %w", err)
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return false, errors.Join(fmt.Errorf("putting the other envd in place: %w", err), os.Rename(path+previousSuffix, path))
+	if err := os.Link(path, previous); err != nil {
+		return fmt.Errorf("giving this envd a second name: %w", err)
 	}
-	return true, nil
+	if err := os.Rename(program, path); err != nil {
+		return errors.Join(fmt.Errorf("putting the other envd in place: %w", err), os.Remove(previous))
+	}
+	return nil
 }

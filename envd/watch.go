@@ -87,6 +87,9 @@ func (ws *watchers) find(id string, take bool) (*watcher, error) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	w := ws.byID[id]
+	if w == nil && ws.closed {
+		return nil, errEnded // the next envd may have it
+	}
 	if w == nil {
 		return nil, notFound("watcher with id %s not found", id)
 	}

@@ -23,6 +23,8 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	fspb "github.com/cayhq/cay/internal/gen/envd/filesystem"
+	"github.com/cayhq/cay/internal/gen/envd/filesystem/filesystemconnect"
 	pb "github.com/cayhq/cay/internal/gen/envd/process"
 	"github.com/cayhq/cay/internal/gen/envd/process/processconnect"
 )
@@ -56,6 +58,7 @@ func keepForTest() {
 		}
 		fmt.Println(l.Addr())
 		k.listeners = append(k.listeners, listener{name, int(f.Fd())})
+		defer f.Close() // which is never: what nobody names any more would be closed
 	}
 	for {
 		k.once()
@@ -83,7 +86,9 @@ type guest struct {
 	t       *testing.T
 	path    string // of its program
 	control string
+	public  string
 	proc    processconnect.ProcessClient
+	fs      filesystemconnect.FilesystemClient
 	said    *console
 	keeper  int
 }
@@ -142,7 +147,9 @@ func newGuest(t *testing.T) *guest {
 		t.Fatal("the keeper did not start")
 	}
 	g.control = "http://" + addrs[1]
-	g.proc = processconnect.NewProcessClient(http.DefaultClient, "http://"+addrs[0], connect.WithProtoJSON())
+	g.public = "http://" + addrs[0]
+	g.proc = processconnect.NewProcessClient(http.DefaultClient, g.public, connect.WithProtoJSON())
+	g.fs = filesystemconnect.NewFilesystemClient(http.DefaultClient, g.public, connect.WithProtoJSON())
 	return g
 }
 
@@ -480,19 +487,182 @@ func TestUpgradeRefused(t *testing.T) {
 		t.Errorf("a program that does not run: %d %s", status, said)
 	}
 	pid, out := g.start(shell("sleep 1000"))
-	bad = []byte("#!/bin/sh\n[ \"$1\" = -version ] || exit 1\n")
-	if status, said := g.post(bad, digestOf(bad)); status != http.StatusAccepted {
-		t.Errorf("a program that ends at once: %d %s", status, said)
+	watcher := g.watch(t, t.TempDir())
+	for i, c := range []struct{ what, then, said string }{
+		{"ends at once", "exit 1", "the program before it is back"},
+		{"does not serve", "exec sleep 1000", "envd does not serve after 12s"},
+	} {
+		bad = []byte("#!/bin/sh\n[ \"$1\" = -version ] || " + c.then + "\n")
+		if status, said := g.post(bad, digestOf(bad)); status != http.StatusAccepted {
+			t.Errorf("a program that %s: %d %s", c.what, status, said)
+		}
+		if i == 0 {
+			_ = out.await(t) // the stream is cut in any case
+		}
+		watcher.make(t, c.what)
+		g.said.until(t, c.said)
+		g.runs(digestOf(program))
+		watcher.look(t)
 	}
-	_ = out.await(t) // the stream is cut in any case
-	g.said.until(t, "the program before it is back")
-	g.runs(digestOf(program))
+	watcher.hasAll(t)
 	if _, err := g.proc.SendSignal(t.Context(), connect.NewRequest(&pb.SendSignalRequest{Process: byPID(pid), Signal: pb.Signal_SIGNAL_SIGKILL})); err != nil {
 		t.Error(err)
 	}
 	left, err := os.ReadDir(filepath.Dir(g.path))
 	if err != nil || len(left) != 1 {
 		t.Errorf("beside the program lies %v, %v", left, err)
+	}
+}
+
+// watcher is one that is polled, and what was made where it watches.
+type watcher struct {
+	g    *guest
+	dir  string
+	id   string
+	mu   sync.Mutex
+	made []string
+	got  map[string]int
+}
+
+func (g *guest) watch(t *testing.T, dir string) *watcher {
+	t.Helper()
+	r, err := g.fs.CreateWatcher(t.Context(), connect.NewRequest(&fspb.CreateWatcherRequest{Path: dir, Recursive: true}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &watcher{g: g, dir: dir, id: r.Msg.GetWatcherId(), got: map[string]int{}}
+}
+
+// make makes a directory with a file in it.
+func (w *watcher) make(t *testing.T, name string) {
+	if err := os.Mkdir(filepath.Join(w.dir, name), 0o755); err != nil {
+		t.Error(err)
+	}
+	if err := os.WriteFile(filepath.Join(w.dir, name, "f"), nil, 0o644); err != nil {
+		t.Error(err)
+	}
+	w.mu.Lock()
+	w.made = append(w.made, name, name+"/f")
+	w.mu.Unlock()
+}
+
+// look takes what the watcher has. A call that is cut off by a replacement is
+// made again: it comes before anything is taken, or is answered.
+func (w *watcher) look(t *testing.T) {
+	t.Helper()
+	eventually(t, "the watcher answers", func() bool {
+		r, err := w.g.fs.GetWatcherEvents(t.Context(), connect.NewRequest(&fspb.GetWatcherEventsRequest{WatcherId: w.id}))
+		if connect.CodeOf(err) == connect.CodeUnavailable {
+			return false
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, ev := range r.Msg.GetEvents() {
+			if ev.GetType() == fspb.EventType_EVENT_TYPE_CREATE {
+				w.got[ev.GetName()]++
+			}
+		}
+		return true
+	})
+}
+
+// hasAll checks that what was made was reported, once.
+func (w *watcher) hasAll(t *testing.T) {
+	t.Helper()
+	w.look(t)
+	for _, name := range w.made {
+		if w.got[name] != 1 {
+			t.Errorf("%s was reported %d times", name, w.got[name])
+		}
+	}
+	if len(w.got) != len(w.made) {
+		t.Errorf("%d names were reported, and %d made", len(w.got), len(w.made))
+	}
+}
+
+// Files are made all the while, and envd is replaced several times: a watcher
+// that is polled reports each once, under its ID.
+func TestUpgradeKeepsWatchers(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	w := g.watch(t, t.TempDir())
+	silent := g.watch(t, w.dir) // nobody asks it before the end
+	silent.dir, silent.made = w.dir, nil
+	stop, over := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(over)
+		tick := time.NewTicker(2 * time.Millisecond) // so that the test's machine does something else, too
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+				w.make(t, strconv.Itoa(i))
+			}
+		}
+	}()
+	for _, mark := range []string{"2", "3", "4"} {
+		w.look(t)
+		g.upgrade(mark)
+		w.look(t)
+	}
+	close(stop)
+	<-over
+	w.hasAll(t)
+	silent.made = w.made
+	silent.hasAll(t)
+	if n := len(w.made); n < 100 {
+		t.Errorf("only %d names were made meanwhile", n)
+	}
+}
+
+// A broken program takes nothing away from a guest with very many processes: PID
+// 1 is not held up by telling it of them, and the one before has them again.
+func TestUpgradeRefusedOfMany(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t)
+	program, err := realEnvd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.runs(digestOf(program))
+	const processes = 60
+	long := strings.Repeat("x", 30<<10) // more than the sockets hold, in all
+	outs := make([]*reader, processes)
+	pids := make([]uint32, processes)
+	for i := range processes {
+		q := shell("echo begun; read line; echo ended")
+		q.Process.Args = append(q.Process.Args, long)
+		q.Stdin = new(bool)
+		*q.Stdin = true
+		pids[i], outs[i] = g.start(q)
+	}
+	eventually(t, "all have begun", func() bool {
+		for _, o := range outs {
+			if o.len() == 0 {
+				return false
+			}
+		}
+		return true
+	})
+	bad := []byte("#!/bin/sh\n[ \"$1\" = -version ] || exit 1\n")
+	if status, said := g.post(bad, digestOf(bad)); status != http.StatusAccepted {
+		t.Fatalf("%d %s", status, said)
+	}
+	g.said.until(t, "the program before it is back")
+	g.runs(digestOf(program))
+	for i, pid := range pids {
+		_ = outs[i].await(t)
+		g.join(byPID(pid), outs[i])
+		if _, err := g.proc.SendInput(t.Context(), connect.NewRequest(&pb.SendInputRequest{Process: byPID(pid),
+			Input: &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: []byte("\n")}}})); err != nil {
+			t.Error(err)
+		}
+		if err := outs[i].await(t); err != nil || string(outs[i].got) != "begun\nended\n" {
+			t.Fatalf("process %d ended with %v after %q", i, err, outs[i].got)
+		}
 	}
 }
 
@@ -559,6 +729,31 @@ func TestStore(t *testing.T) {
 	}
 	if got, want := strings.Join(kinds, " "), "k1 s0 "+strings.Repeat("p0 ", maxPieces)+"d0 s0"; got != want {
 		t.Errorf("the next envd hears %q, want %q", got, want)
+	}
+	send(theirs, message(handOver, 0))
+	send(theirs, message(isUp, 0))
+	unix.Close(theirs)
+	<-over
+	// It said nothing of what had been read, and may never have come to that.
+	if p := s.procs[7]; p == nil || len(p.pieces) != maxPieces || !s.serves() {
+		t.Errorf("kept are %v, %+v", s.procs, p)
+	}
+	if theirs, over, err = s.open(); err != nil {
+		t.Fatal(err)
+	}
+	if s.handedOver() || s.serves() {
+		t.Error("the next envd has said nothing yet")
+	}
+	send(theirs, message(gotPieces, 7))
+	send(theirs, message(gotPieces, 8))
+	send(theirs, message(handOver, 0))
+	unix.Close(theirs)
+	<-over
+	if p := s.procs[7]; p == nil || len(p.pieces) != 0 {
+		t.Errorf("kept are %v, %+v", s.procs, p)
+	}
+	if theirs, over, err = s.open(); err != nil {
+		t.Fatal(err)
 	}
 	send(theirs, message(handOver, 0))
 	send(theirs, message(forgetProcess, 7))

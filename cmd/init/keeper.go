@@ -49,10 +49,12 @@ type keeper struct {
 }
 
 // previous is what the program before is called, while another one is tried. A
-// trial ends well when the other one has lived for trialTime.
+// trial ends well when the other one has lived for trialTime and serves. One that
+// does not come to serve within upTime is ended.
 const (
 	previous  = ".previous"
 	trialTime = 5 * time.Second
+	upTime    = 12 * time.Second
 )
 
 // once starts envd, returns after it has ended and the pause after that, and
@@ -64,7 +66,14 @@ func (k *keeper) once() {
 	if err != nil {
 		why = "envd cannot be started: " + err.Error()
 	} else {
+		var trial *time.Timer
+		if k.trial && k.store != nil {
+			trial = time.AfterFunc(upTime, func() { k.giveUp(pid) })
+		}
 		why = "envd ended: " + describe(k.reapUntil(pid))
+		if trial != nil {
+			trial.Stop()
+		}
 	}
 	if over != nil {
 		k.store.hangUp()
@@ -72,8 +81,10 @@ func (k *keeper) once() {
 	}
 	k.ends++
 	lived := k.now().Sub(began)
+	handed := err == nil && k.store != nil && k.store.handedOver()
 	switch {
-	case k.trial && lived < trialTime:
+	case handed: // it served, and what is called the previous one is itself
+	case k.trial && (lived < trialTime || !k.serves()):
 		if os.Rename(k.path+previous, k.path) == nil { // there may be none
 			why += "; the program before it is back"
 		}
@@ -81,7 +92,7 @@ func (k *keeper) once() {
 		_ = os.Remove(k.path + previous) // there may be none
 	}
 	k.trial = false
-	if err == nil && k.store != nil && k.store.handedOver() {
+	if handed {
 		k.trial, k.pause = true, 0
 		say("envd handed over to the next after %s (end %d)", lived.Round(time.Millisecond), k.ends)
 		return
@@ -93,6 +104,17 @@ func (k *keeper) once() {
 		k.sleep(min(reapEvery, k.pause))
 	}
 }
+
+// giveUp ends an envd on trial that does not serve.
+func (k *keeper) giveUp(pid int) {
+	if !k.store.serves() {
+		say("envd does not serve after %s", upTime)
+		_ = unix.Kill(pid, unix.SIGKILL) // it may have ended by itself
+	}
+}
+
+// serves reports whether the last envd came to serve, as far as that is told.
+func (k *keeper) serves() bool { return k.store == nil || k.store.serves() }
 
 // start starts envd. The token goes through a pipe, which has room for it: so
 // it is in no environment.
@@ -128,13 +150,14 @@ func (k *keeper) start() (pid int, over chan struct{}, err error) {
 		args = append(args, fmt.Sprintf("-%s-fd=%d", l.name, len(files)))
 		files = append(files, uintptr(l.fd))
 	}
+	theirs := -1
 	if k.store != nil {
-		theirs, stored, err := k.store.open()
+		var stored chan struct{}
+		theirs, stored, err = k.store.open()
 		if err != nil {
 			say("what envd holds open ends with it: %v", err)
 		} else {
 			over = stored
-			defer unix.Close(theirs)
 			args = append(args, fmt.Sprintf("-store-fd=%d", len(files)))
 			files = append(files, uintptr(theirs))
 		}
@@ -144,6 +167,9 @@ func (k *keeper) start() (pid int, over chan struct{}, err error) {
 	pid, err = syscall.ForkExec(k.path, args, &syscall.ProcAttr{
 		Dir: "/", Env: k.env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
+	if theirs >= 0 {
+		_ = unix.Close(theirs) // or nobody would hear that an envd has ended which is being told
+	}
 	if err != nil {
 		return 0, over, fmt.Errorf("executing %s: %w", k.path, err)
 	}

@@ -18,7 +18,9 @@ const (
 	forgetProcess = 'f' // from envd
 	tellStatus    = 's' // to and fro: a wait status
 	keepPiece     = 'p' // to and fro: output that envd has read and nobody got
+	gotPieces     = 'g' // from envd: that output is in its hands
 	handOver      = 'x' // from envd: all is said, start the next
+	isUp          = 'u' // from envd: it serves
 	thatIsAll     = 'd' // to envd: these were the processes
 )
 
@@ -39,12 +41,14 @@ type kept struct {
 
 // store holds the descriptors of processes of users, so that the end of envd
 // closes nothing: neither does a process die of writing to a pipe that nobody
-// reads, nor does a terminal hang up. The next envd gets them.
+// reads, nor does a terminal hang up. The next envd gets them. Under numbers that
+// no process has, envd gives it watchers as well.
 type store struct {
 	mu    sync.Mutex
 	procs map[uint32]*kept
 	envd  int // our end of the socket to it, or -1
 	done  bool
+	up    bool
 }
 
 // open makes the socket of the next envd and begins to listen to it. It returns
@@ -59,7 +63,7 @@ func (s *store) open() (theirs int, over chan struct{}, err error) {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 2*maxMessage)
 	}
 	s.mu.Lock()
-	s.envd, s.done = fds[0], false
+	s.envd, s.done, s.up = fds[0], false, false
 	s.mu.Unlock()
 	over = make(chan struct{})
 	go func() {
@@ -130,6 +134,8 @@ func (s *store) take(m []byte, fds []int) {
 	switch kind := m[0]; {
 	case kind == handOver:
 		s.done = true
+	case kind == isUp:
+		s.up = true
 	case kind == keepProcess && len(body) > 0:
 		s.forget(pid) // the kernel gave the number out again
 		p = &kept{record: append([]byte(nil), body[1:]...)}
@@ -147,6 +153,8 @@ func (s *store) take(m []byte, fds []int) {
 		s.forget(pid)
 	case kind == tellStatus:
 		p.status = append([]byte(nil), body...)
+	case kind == gotPieces:
+		p.pieces = nil // they are to reach a reader once
 	case kind == keepPiece && len(p.pieces) < maxPieces:
 		p.pieces = append(p.pieces, append([]byte(nil), body...))
 	}
@@ -208,7 +216,6 @@ func (s *store) handOut() {
 		for _, piece := range p.pieces {
 			send(s.envd, message(keepPiece, pid, piece...))
 		}
-		p.pieces = nil // they are to reach a reader once
 	}
 	send(s.envd, message(thatIsAll, 0))
 }
@@ -225,6 +232,13 @@ func (s *store) ended(pid int, st uint32) {
 	if s.envd >= 0 {
 		send(s.envd, message(tellStatus, uint32(pid), p.status...))
 	}
+}
+
+// serves reports whether the last envd has come to serve.
+func (s *store) serves() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.up
 }
 
 // handedOver reports whether the envd that has ended wanted to be followed.
