@@ -51,6 +51,8 @@ func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
 
 	t.base("leave", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, 100)(
 		fromPrefix(p.block), oifNotPrefix(ours), masquerade())
+
+	t.limitTeams(p)
 	return t.commit()
 }
 

@@ -87,8 +87,12 @@ type Pool struct {
 	last    time.Time       // when a slot was taken
 	changed chan struct{}   // closed at the next change of a state; nil when nobody waits
 	kick    chan struct{}
-	stop    context.CancelFunc
-	done    sync.WaitGroup
+
+	teamTurn sync.Mutex          // one change of the teams' rules at a time
+	teams    map[cay.TeamID]team // of which the host's table knows; guarded by teamTurn
+
+	stop context.CancelFunc
+	done sync.WaitGroup
 }
 
 // state is what the pool does with an index. An index without one is free.
@@ -170,7 +174,11 @@ func (p *Pool) prepare() error {
 	p.special = spans(append(append(Refused(), p.Refuse...), p.cidr()))
 	var open []string
 	err := p.take(func() (err error) {
-		if open, err = openSlots(&nftables.Conn{}, p); err != nil {
+		now := &nftables.Conn{}
+		if open, err = openSlots(now, p); err == nil {
+			p.teams, err = readTeams(now, p)
+		}
+		if err != nil {
 			return fmt.Errorf("reading the firewall: %w", err)
 		}
 		c, err := nftIn(nil)
@@ -197,6 +205,13 @@ func (p *Pool) prepare() error {
 	for _, link := range open {
 		if i, err := strconv.Atoi(strings.TrimPrefix(link, p.linkPrefix())); err == nil && !found[i] {
 			p.slots[i] = removed
+		}
+	}
+	for _, t := range p.teams {
+		for i := range t.slots {
+			if !found[i] {
+				p.slots[i] = removed
+			}
 		}
 	}
 	return nil
@@ -380,7 +395,7 @@ func (p *Pool) Destroy(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return fail("removing the slots", err) // the firewall stays while a slot does
 	}
-	p.slots = nil
+	p.slots, p.teams = nil, nil
 	if err := dropTable(&nftables.Conn{}, p.tableName()); err != nil {
 		return fail("removing the firewall", err)
 	}
@@ -549,6 +564,9 @@ func (p *Pool) forget(indexes []int) error {
 	}
 	if err := p.deny(links...); err != nil {
 		return fmt.Errorf("closing the host's rules: %w", err)
+	}
+	if err := p.leaveTeams(indexes); err != nil {
+		return fmt.Errorf("ending the counts of teams: %w", err)
 	}
 	if _, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
 		return fmt.Errorf("ending tracked connections: %w", err)

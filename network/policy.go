@@ -33,6 +33,9 @@ const (
 	byName        = "name"        // it hides its name
 	byConnections = "connections" // too many open
 	byRate        = "rate"        // too many new ones
+	// The same of all slots of a team.
+	byTeamConnections = "team-connections"
+	byTeamRate        = "team-rate"
 )
 
 const (

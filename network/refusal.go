@@ -312,6 +312,10 @@ func (p *Pool) explain(e cay.Egress, x told) (rule, reason string) {
 		return "limit", fmt.Sprintf("more than %d connections are open", p.Limits.connections())
 	case byRate:
 		return "limit", fmt.Sprintf("more than %d new connections a second", p.Limits.perSecond())
+	case byTeamConnections:
+		return "limit", "the sandboxes of the team have more connections open than it may have together"
+	case byTeamRate:
+		return "limit", "the sandboxes of the team open more connections a second than they may together"
 	}
 	return x.why, ""
 }

@@ -132,6 +132,12 @@ func faster(n uint64, burst uint32) words {
 	return words{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: burst, Over: true}}
 }
 
+// thicker matches what comes faster than so many 10^6 bits a second, after a
+// burst; the kernel adds a second's worth to it.
+func thicker(mbit int) words {
+	return words{&expr.Limit{Type: expr.LimitTypePktBytes, Rate: uint64(mbit) * 1_000_000 / 8, Unit: expr.LimitTimeSecond, Burst: leastBurst, Over: true}}
+}
+
 // slower matches at most n a second after a burst.
 func slower(n uint64, burst uint32) words {
 	return words{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: burst}}
