@@ -108,7 +108,7 @@ var HeavyHomes = []Home{
 	{"github.com/ClickHouse/", []string{"event/clickhouse"}},
 	{"github.com/aws/", []string{"blob/s3"}},
 	{"cloud.google.com/", []string{"blob/gcs"}},
-	{"github.com/google/nftables", []string{"network", "doctor", "test/invariant"}},
+	{"github.com/google/nftables", []string{"network", "doctor", "test/invariant", "test/isolation"}},
 	{"github.com/vishvananda/", []string{"network", "test/program", "test/invariant"}},
 	{"github.com/getkin/kin-openapi", []string{"api", "internal/gen/api", "internal/gen/operator"}},
 	{"github.com/oapi-codegen/", []string{"internal/gen/api", "internal/gen/operator"}},

@@ -1,7 +1,6 @@
 package isolation
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,19 +37,26 @@ type refusal struct {
 
 func refusals(t *testing.T, server *program.Server, id string) []refusal {
 	t.Helper()
+	out, err := refusalLog(server, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func refusalLog(server *program.Server, id string) (out []refusal, err error) {
 	r := server.Run("egress", "log", id, "-o", "json")
 	if r.Code != 0 {
-		t.Fatalf("cay egress log: %s", r)
+		return nil, fmt.Errorf("cay egress log: %s", r)
 	}
-	var out []refusal
 	for line := range strings.Lines(r.Stdout) {
 		var one refusal
 		if err := json.Unmarshal([]byte(line), &one); err != nil {
-			t.Fatalf("%q: %v", line, err)
+			return nil, fmt.Errorf("%q: %w", line, err)
 		}
 		out = append(out, one)
 	}
-	return out
+	return out, nil
 }
 
 func setNetwork(t *testing.T, c *program.Client, id string, network map[string]any) {
@@ -201,8 +207,20 @@ print("never cut")
 	}
 }
 
-// zone answers queries for A in the internet, at one address.
-func zone(t *testing.T, at netip.Addr, names map[string]netip.Addr) (asked func() []string) {
+// fixed is a zone of names with one address each.
+func fixed(names map[string]netip.Addr) func(string, dnsmessage.Type) ([]dnsmessage.Resource, bool) {
+	return func(name string, typ dnsmessage.Type) ([]dnsmessage.Resource, bool) {
+		a, ok := names[name]
+		if !ok || typ != dnsmessage.TypeA {
+			return nil, ok
+		}
+		h := dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName(name + "."), Type: typ, Class: dnsmessage.ClassINET, TTL: 5}
+		return []dnsmessage.Resource{{Header: h, Body: &dnsmessage.AResource{A: a.As4()}}}, true
+	}
+}
+
+// zone answers queries in the internet, at one address.
+func zone(t *testing.T, at netip.Addr, answer func(string, dnsmessage.Type) ([]dnsmessage.Resource, bool)) (asked func() []string) {
 	t.Helper()
 	var u net.PacketConn
 	if err := program.InWorld(func() (err error) {
@@ -228,12 +246,9 @@ func zone(t *testing.T, at netip.Addr, names map[string]netip.Addr) (asked func(
 			name := strings.TrimSuffix(strings.ToLower(q.Name.String()), ".")
 			all <- append(<-all, name)
 			out := dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true, RecursionDesired: true}, Questions: m.Questions}
-			a, ok := names[name]
-			switch {
-			case !ok:
+			var known bool
+			if out.Answers, known = answer(name, q.Type); !known {
 				out.RCode = dnsmessage.RCodeNameError
-			case q.Type == dnsmessage.TypeA:
-				out.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 5}, Body: &dnsmessage.AResource{A: a.As4()}}}
 			}
 			if b, err := out.Pack(); err == nil {
 				u.WriteTo(b, from)
@@ -267,16 +282,9 @@ func resolver(t *testing.T, a netip.Addr) {
 // web serves every address of the internet with the Host it was asked for.
 func web(t *testing.T) {
 	t.Helper()
-	var l net.Listener
-	if err := program.InWorld(func() (err error) { l, err = net.Listen("tcp4", ":80"); return err }); err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	serve(t, program.InWorld, ":80", nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "%s with %q", r.Host, r.Header.Get("X-Key"))
-	})}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = srv.Serve(l) }()
-	t.Cleanup(func() { _ = srv.Shutdown(context.Background()); <-done })
+	}))
 }
 
 // A policy by name opens what the name stands for and nothing else, survives
@@ -286,8 +294,8 @@ func TestEgressByName(t *testing.T) {
 	web(t)
 	dns := netip.MustParseAddr("9.9.9.9")
 	resolver(t, dns)
-	asked := zone(t, dns, map[string]netip.Addr{"good.example": program.Public, "a.wild.example": other, "evil.example": other,
-		"inside.example": netip.MustParseAddr("10.0.0.1"), "meta.example": netip.MustParseAddr("169.254.169.254")})
+	asked := zone(t, dns, fixed(map[string]netip.Addr{"good.example": program.Public, "a.wild.example": other, "evil.example": other,
+		"inside.example": netip.MustParseAddr("10.0.0.1"), "meta.example": netip.MustParseAddr("169.254.169.254")}))
 	server := program.Start(t, program.Options{Pool: 1})
 	c := server.Client()
 	network := map[string]any{"denyOut": []string{"0.0.0.0/0"}, "allowOut": []string{"Good.example", "*.wild.example", "inside.example", "meta.example"},

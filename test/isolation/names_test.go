@@ -2,7 +2,6 @@ package isolation
 
 import (
 	"bytes"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -16,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log"
 	"math/big"
 	"net"
 	"net/http"
@@ -52,7 +50,23 @@ func (s *secureWeb) all() []string {
 
 func newSecureWeb(t *testing.T) *secureWeb {
 	t.Helper()
-	s := &secureWeb{bundle: filepath.Join(t.TempDir(), "roots.pem")}
+	s := &secureWeb{}
+	var config *tls.Config
+	config, s.bundle = worldTLS(t)
+	serve(t, program.InWorld, ":443", config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		s.told = append(s.told, r.Header.Get("Authorization"))
+		s.mu.Unlock()
+		fmt.Fprintf(w, "%s by %s", r.Host, r.Proto)
+	}))
+	return s
+}
+
+// worldTLS has a certificate for each name, of an authority whose own is in the
+// file bundle, in PEM.
+func worldTLS(t *testing.T) (config *tls.Config, bundle string) {
+	t.Helper()
+	bundle = filepath.Join(t.TempDir(), "roots.pem")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -63,30 +77,15 @@ func newSecureWeb(t *testing.T) *secureWeb {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(s.bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+	if err := os.WriteFile(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	var l net.Listener
-	if err := program.InWorld(func() (err error) { l, err = net.Listen("tcp4", ":443"); return err }); err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{ReadHeaderTimeout: 10 * time.Second, ErrorLog: log.New(io.Discard, "", 0),
-		TLSConfig: &tls.Config{GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
-			leaf := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: chi.ServerName}, DNSNames: []string{chi.ServerName},
-				NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour)}
-			b, err := x509.CreateCertificate(rand.Reader, leaf, root, &key.PublicKey, key)
-			return &tls.Certificate{Certificate: [][]byte{b}, PrivateKey: key}, err
-		}},
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			s.mu.Lock()
-			s.told = append(s.told, r.Header.Get("Authorization"))
-			s.mu.Unlock()
-			fmt.Fprintf(w, "%s by %s", r.Host, r.Proto)
-		})}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = srv.ServeTLS(l, "", "") }()
-	t.Cleanup(func() { _ = srv.Shutdown(context.Background()); <-done })
-	return s
+	return &tls.Config{GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		leaf := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: chi.ServerName}, DNSNames: []string{chi.ServerName},
+			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour)}
+		b, err := x509.CreateCertificate(rand.Reader, leaf, root, &key.PublicKey, key)
+		return &tls.Certificate{Certificate: [][]byte{b}, PrivateKey: key}, err
+	}}, bundle
 }
 
 // A secret that a rule uses arrives outside, over TLS that the guest's programs
@@ -96,7 +95,7 @@ func TestEgressSecrets(t *testing.T) {
 	secure := newSecureWeb(t)
 	dns := netip.MustParseAddr("9.9.9.9")
 	resolver(t, dns)
-	zone(t, dns, map[string]netip.Addr{"api.example": program.Public, "plain.example": other, "evil.example": other})
+	zone(t, dns, fixed(map[string]netip.Addr{"api.example": program.Public, "plain.example": other, "evil.example": other}))
 	server := program.Start(t, program.Options{Pool: 1, Env: []string{"SSL_CERT_FILE=" + secure.bundle}})
 	c := server.Client()
 
@@ -265,19 +264,8 @@ func written(t *testing.T, server *program.Server, texts ...string) map[string]i
 // all of which is in files without a name that its engine has open.
 func guestMemory(t *testing.T, server *program.Server, id string, texts ...string) map[string]int {
 	t.Helper()
-	r := server.Run("sandbox", "inspect", id, "-o", "json")
-	var box struct {
-		Node struct{ Host struct{ PID int } }
-	}
-	if err := json.Unmarshal([]byte(r.Stdout), &box); err != nil {
-		t.Fatalf("%v: %s", err, r)
-	}
-	pid := box.Node.Host.PID
-	if pid == 0 {
-		t.Fatalf("no process ID in %s", r)
-	}
 	out := map[string]int{}
-	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", enginePID(t, server, id)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,6 +287,19 @@ func guestMemory(t *testing.T, server *program.Server, id string, texts ...strin
 		}
 	}
 	return out
+}
+
+// enginePID is the process that a sandbox's guest runs in.
+func enginePID(t *testing.T, server *program.Server, id string) int {
+	t.Helper()
+	r := server.Run("sandbox", "inspect", id, "-o", "json")
+	var box struct {
+		Node struct{ Host struct{ PID int } }
+	}
+	if err := json.Unmarshal([]byte(r.Stdout), &box); err != nil || box.Node.Host.PID == 0 {
+		t.Fatalf("no process ID: %v: %s", err, r)
+	}
+	return box.Node.Host.PID
 }
 
 // occurrences counts a text in a file, whose holes it jumps over.
@@ -332,7 +333,7 @@ func occurrences(f *os.File, text []byte) (int, error) {
 
 // socksWorld is a SOCKS5 server in the internet that carries connections to the
 // addresses of names.
-func socksWorld(t *testing.T, at string, names map[string]netip.Addr) (asked func() []string) {
+func socksWorld(t *testing.T, at string, addressOf func(name string) netip.Addr) (asked func() []string) {
 	t.Helper()
 	var l net.Listener
 	if err := program.InWorld(func() (err error) { l, err = net.Listen("tcp4", at); return err }); err != nil {
@@ -364,7 +365,7 @@ func socksWorld(t *testing.T, at string, names map[string]netip.Addr) (asked fun
 				return err
 			}
 			host = string(b[:n])
-			to = names[host]
+			to = addressOf(host)
 		} else {
 			first := b[4]
 			if _, err := io.ReadFull(c, b[:3]); err != nil {
@@ -414,9 +415,11 @@ func TestEgressProxy(t *testing.T) {
 	listen(t, "this is the world", port, program.InWorld, program.Public)
 	dns := netip.MustParseAddr("9.9.9.9")
 	resolver(t, dns)
-	zone(t, dns, map[string]netip.Addr{"good.example": program.Public, "proxy.example": netip.MustParseAddr("5.5.5.5")})
+	zone(t, dns, fixed(map[string]netip.Addr{"good.example": program.Public, "proxy.example": netip.MustParseAddr("5.5.5.5")}))
 	// The proxy has another opinion of the name, which counts.
-	asked := socksWorld(t, "5.5.5.5:1080", map[string]netip.Addr{"good.example": other})
+	asked := socksWorld(t, "5.5.5.5:1080", func(name string) netip.Addr {
+		return map[string]netip.Addr{"good.example": other}[name]
+	})
 	server := program.Start(t, program.Options{Pool: 1})
 	c := server.Client()
 	s := c.Make(t, 10*time.Minute, map[string]any{"network": map[string]any{"egressProxy": map[string]any{"address": "proxy.example:1080"}}})

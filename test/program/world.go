@@ -146,24 +146,40 @@ func bring(h *netlink.Handle, name string) error {
 // InWorld calls f on a thread in the internet: a socket that f opens is there,
 // and stays there.
 func InWorld(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		done <- func() error {
-			if world == nil {
-				if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-					return os.NewSyscallError("unshare", err)
-				}
-				ns, err := os.Open(threadNS)
-				if err != nil {
-					return err
-				}
-				world = ns
-			} else if err := unix.Setns(int(world.Fd()), unix.CLONE_NEWNET); err != nil {
+	if world != nil {
+		return InNamespace(world)(f)
+	}
+	return onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		ns, err := os.Open(threadNS)
+		if err != nil {
+			return err
+		}
+		world = ns
+		return f()
+	})
+}
+
+// InNamespace returns what InWorld is, for a network namespace of the caller's.
+func InNamespace(ns *os.File) func(func() error) error {
+	return func(f func() error) error {
+		return onThread(func() error {
+			if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 				return os.NewSyscallError("setns", err)
 			}
 			return f()
-		}()
+		})
+	}
+}
+
+// onThread calls f on a thread of its own, which ends with f.
+func onThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- f()
 	}()
 	return <-done
 }
