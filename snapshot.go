@@ -69,9 +69,9 @@ type SnapshotPart struct {
 	// Stamp changes with every write to the file, by whomever: its inode, size
 	// and times. Of a disk it is compared before each use.
 	Stamp string `json:"stamp,omitempty"`
-	// Check is a checksum of what a disk holds, compared before each use, too.
-	// A disk that holds too much to be read in the time that a resume may take
-	// has none here: the node makes it later, and keeps it beside the manifest.
+	// Check is a checksum of the content, compared before each use. A disk that
+	// holds too much to be read in the time that a resume may take has none
+	// here: the node makes it later, and keeps it beside the manifest.
 	Check string `json:"check,omitempty"`
 }
 

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io"
 	"io/fs"
@@ -50,6 +51,8 @@ const (
 	// memory.
 	checkAtOnce = 32 << 20
 	checkPrefix = "crc32c-64k:"
+	// readSize is how much is read at a time, a multiple of checkBlock.
+	readSize = 16 * checkBlock
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -69,9 +72,8 @@ func checkOf(ctx context.Context, path string, pause func(time.Duration)) (strin
 	if err != nil {
 		return "", err
 	}
-	sums := sha256.New()
-	buf := make([]byte, 16*checkBlock)
-	var entry [12]byte
+	sums := newBlockSums()
+	buf := make([]byte, readSize)
 	began, read := time.Now(), 0
 	for at := int64(0); at < fi.Size(); {
 		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
@@ -96,15 +98,7 @@ func checkOf(ctx context.Context, path string, pause func(time.Duration)) (strin
 			if n == 0 {
 				return "", fmt.Errorf("reading %s: it became shorter", path)
 			}
-			for off := 0; off < n; off += checkBlock {
-				block := buf[off:min(off+checkBlock, n)]
-				if empty(block) {
-					continue // as good as a hole
-				}
-				binary.BigEndian.PutUint64(entry[:8], uint64(at)+uint64(off))
-				binary.BigEndian.PutUint32(entry[8:], crc32.Checksum(block, castagnoli))
-				sums.Write(entry[:])
-			}
+			sums.add(at, buf[:n])
 			at += int64((n + checkBlock - 1) / checkBlock * checkBlock)
 			if read += n; read >= 16<<20 && pause != nil {
 				_ = unix.Fadvise(int(f.Fd()), 0, at, unix.FADV_DONTNEED) // nobody needs it soon
@@ -113,8 +107,31 @@ func checkOf(ctx context.Context, path string, pause func(time.Duration)) (strin
 			}
 		}
 	}
-	return checkPrefix + hex.EncodeToString(sums.Sum(nil)), nil
+	return sums.String(), nil
 }
+
+// blockSums is the checksum of a file in the making.
+type blockSums struct{ sums hash.Hash }
+
+func newBlockSums() blockSums { return blockSums{sha256.New()} }
+
+// add adds what a file has at a place, which is a multiple of checkBlock. All but
+// the file's last piece have a length that is one, too.
+func (s blockSums) add(at int64, data []byte) {
+	var entry [12]byte
+	for len(data) > 0 {
+		block := data[:min(len(data), checkBlock)]
+		if !empty(block) { // else it is as good as a hole
+			binary.BigEndian.PutUint64(entry[:8], uint64(at))
+			binary.BigEndian.PutUint32(entry[8:], crc32.Checksum(block, castagnoli))
+			s.sums.Write(entry[:])
+		}
+		at += int64(len(block))
+		data = data[len(block):]
+	}
+}
+
+func (s blockSums) String() string { return checkPrefix + hex.EncodeToString(s.sums.Sum(nil)) }
 
 // checkSmall is checkOf for a disk that is not too large to be read in full at
 // each start, and empty for another.
@@ -174,15 +191,20 @@ func (s snapshots) checkOfDisk(m cay.Snapshot) (string, error) {
 
 // checkContent reads a saved disk and compares it with its checksum.
 func checkContent(ctx context.Context, m cay.Snapshot, file, want string) error {
+	return compareCheck(ctx, m.ID, m.Disk.Name, file, want)
+}
+
+// compareCheck reads a part of a snapshot and compares it with its checksum.
+func compareCheck(ctx context.Context, id cay.SnapshotID, part, file, want string) error {
 	got, err := checkOf(ctx, file, nil)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err != nil {
-		return errCorrupt(m.ID, m.Disk.Name, err.Error(), err)
+		return errCorrupt(id, part, err.Error(), err)
 	}
 	if got != want {
-		return errCorrupt(m.ID, m.Disk.Name, "its content is not what was saved", nil)
+		return errCorrupt(id, part, "its content is not what was saved", nil)
 	}
 	return nil
 }

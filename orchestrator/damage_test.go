@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -258,6 +259,70 @@ func TestChecksumOfASparseFile(t *testing.T) {
 		put(at, was)
 		if sum() != first {
 			t.Errorf("byte %d is as it was, and the checksum is not", at)
+		}
+	}
+}
+
+// The memory is compared by its checksums, and where the snapshot is of a build
+// that made none, by its digests.
+func TestDamagedMemory(t *testing.T) {
+	dir, m := t.TempDir(), cay.Snapshot{ID: cay.NewSnapshotID()}
+	memory := filepath.Join(dir, string(m.ID), "memory")
+	if err := os.MkdirAll(memory, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	luck := rand.New(rand.NewPCG(5, 6))
+	pages := make([]byte, 3<<20+17)
+	for at := 2 << 20; at < len(pages); at++ {
+		pages[at] = byte(luck.IntN(256))
+	}
+	files := map[string][]byte{"pages.img": pages, "checkpoint.img": []byte("state"), "empty.img": nil}
+	put := func(name string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(memory, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, b := range files {
+		put(name, b)
+	}
+	var err error
+	if m.Memory, err = orchestrator.MeasureMemory(dir, m.ID); err != nil || len(m.Memory) != len(files) {
+		t.Fatalf("%+v, %v", m.Memory, err)
+	}
+	for _, p := range m.Memory {
+		if sum, err := orchestrator.CheckOf(filepath.Join(memory, p.Name)); err != nil || p.Check != sum {
+			t.Errorf("%s has checksum %s, and is saved with %s: %v", p.Name, sum, p.Check, err)
+		}
+	}
+	old := m
+	old.Memory = slices.Clone(m.Memory)
+	for i := range old.Memory {
+		old.Memory[i].Check = ""
+	}
+	for name, m := range map[string]cay.Snapshot{"checksums": m, "digests": old} {
+		if err := orchestrator.CheckMemory(dir, m); err != nil {
+			t.Errorf("%s of what was saved: %v", name, err)
+		}
+		for part, was := range files {
+			for range 30 {
+				now, what := []byte("more"), "longer"
+				if len(was) > 0 {
+					now, what = damaged(was, luck)
+				}
+				put(part, now)
+				var e *cay.Error
+				if err := orchestrator.CheckMemory(dir, m); !errors.As(err, &e) || e.Code != cay.CodeSnapshotCorrupt || e.Detail["part"] != part {
+					t.Errorf("%s, %s %s: %v", name, part, what, err)
+				}
+			}
+			if err := os.Remove(filepath.Join(memory, part)); err != nil {
+				t.Fatal(err)
+			}
+			if err := orchestrator.CheckMemory(dir, m); cay.CodeOf(err) != cay.CodeSnapshotCorrupt {
+				t.Errorf("%s, %s is missing: %v", name, part, err)
+			}
+			put(part, was)
 		}
 	}
 }

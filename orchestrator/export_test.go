@@ -46,3 +46,13 @@ func (o *Orchestrator) CheckLarge(ctx context.Context, id cay.SnapshotID) error 
 
 // CheckOf is the checksum of a sparse file.
 func CheckOf(path string) (string, error) { return checkOf(context.Background(), path, nil) }
+
+// MeasureMemory describes the files of the memory of a snapshot, and CheckMemory
+// compares them with that, below dir.
+func MeasureMemory(dir string, id cay.SnapshotID) ([]cay.SnapshotPart, error) {
+	return measure(context.Background(), snapshots{dir}.path(id, memoryName))
+}
+
+func CheckMemory(dir string, m cay.Snapshot) error {
+	return snapshots{dir}.checkMemory(context.Background(), m)
+}

@@ -471,7 +471,7 @@ func (o *Orchestrator) VerifySnapshot(ctx context.Context, id cay.SnapshotID) er
 		return err
 	}
 	if len(m.Memory) > 0 {
-		if err := o.snapshots.checkMemory(ctx, m); err != nil {
+		if err := o.snapshots.digestMemory(ctx, m); err != nil {
 			return err
 		}
 	}
