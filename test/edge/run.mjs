@@ -1,8 +1,6 @@
-// Uses the URLs that the JavaScript client gives, as a user's program would, and
-// prints a line of JSON for each scenario: {"name", "ok", "error", "ms"}.
+// Uses the URLs that the JavaScript client gives, as a user's program would.
 import assert from 'node:assert/strict'
-import { createRequire } from 'node:module'
-import path from 'node:path'
+import { client, go, until } from '../sdk/frame.mjs'
 
 const domain = process.env.EDGE_MODE === 'domain'
 if (domain) {
@@ -10,19 +8,7 @@ if (domain) {
   delete process.env.E2B_SANDBOX_URL
 }
 const scheme = domain ? 'https' : 'http'
-const dir = path.resolve(process.argv[2])
-const { Sandbox } = createRequire(path.join(dir, 'package.json'))('e2b')
-
-const patience = 60_000
-const until = async (what, f) => {
-  const end = Date.now() + patience
-  for (;;) {
-    const v = await f()
-    if (v) return v
-    assert.ok(Date.now() < end, `not within ${patience} ms: ${what}`)
-    await new Promise((r) => setTimeout(r, 50))
-  }
-}
+const { Sandbox } = client() // it reads the environment
 let sbx
 
 const scenarios = {
@@ -59,14 +45,4 @@ const scenarios = {
   },
 }
 
-for (const [name, run] of Object.entries(scenarios)) {
-  const began = Date.now()
-  let error = ''
-  try {
-    await run()
-  } catch (err) {
-    error = `${err.stack ?? err} ${err.cause ?? ''}`
-  }
-  console.log(JSON.stringify({ name, ok: error === '', error, ms: Date.now() - began }))
-}
-process.exit(0)
+await go(scenarios)

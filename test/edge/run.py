@@ -1,10 +1,6 @@
-"""Uses the URLs that the Python client gives, as a user's program would, and
-prints a line of JSON for each scenario: {"name", "ok", "error", "ms"}."""
+"""Uses the URLs that the Python client gives, as a user's program would."""
 
-import json
 import os
-import time
-import traceback
 import urllib.error
 import urllib.request
 
@@ -13,9 +9,8 @@ if DOMAIN:
     del os.environ["E2B_API_URL"], os.environ["E2B_SANDBOX_URL"]
 SCHEME = "https" if DOMAIN else "http"
 
-from e2b import Sandbox  # noqa: E402: it reads the environment
+from frame import Box, main, same, scenario, until  # noqa: E402: the client reads the environment
 
-PATIENCE = 60
 sbx = None
 
 
@@ -30,33 +25,38 @@ def get(url, data=None, kind=None):
         return err.code, err.read().decode()
 
 
+@scenario("use a sandbox")
 def use():
     global sbx
-    sbx = Sandbox.create(timeout=600, secure=True)
+    sbx = Box.create(timeout=600, secure=True)
     assert sbx.commands.run("echo $((40+2))").stdout == "42\n"
     sbx.files.write("/home/user/a b.txt", "written")
     assert sbx.files.read("/home/user/a b.txt") == "written"
     assert sbx.is_running()
 
 
-def host():
+@scenario("getHost")
+async def host():
     sbx.commands.run("python3 -m http.server 8000 --bind 127.0.0.1", background=True)
-    end = time.monotonic() + PATIENCE
-    while True:
-        status, text = get(f"{SCHEME}://{sbx.get_host(8000)}/")
-        if status == 200:
-            break
-        assert time.monotonic() < end, (status, text)
-        time.sleep(0.05)
-    assert "a%20b.txt" in text, text
+    url = f"{SCHEME}://{sbx.get_host(8000)}/"
+    said = None
+
+    def answers():
+        nonlocal said
+        said = get(url)
+        return said[0] == 200
+
+    await until(lambda: f"{url} answers, but {said}", answers)
+    assert "a%20b.txt" in said[1], said
 
 
+@scenario("downloadUrl")
 def download():
-    assert get(sbx.download_url("/home/user/a b.txt", use_signature_expiration=60)) == (200, "written")
-    status, _ = get(sbx.download_url("/home/user/a b.txt", use_signature_expiration=-10))
-    assert status == 401, status
+    same(get(sbx.download_url("/home/user/a b.txt", use_signature_expiration=60)), (200, "written"))
+    same(get(sbx.download_url("/home/user/a b.txt", use_signature_expiration=-10))[0], 401)
 
 
+@scenario("uploadUrl")
 def upload():
     body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="up.txt"\r\n\r\nuploaded\r\n--x--\r\n'
     status, text = get(sbx.upload_url("/home/user/up.txt"), body, "multipart/form-data; boundary=x")
@@ -64,15 +64,9 @@ def upload():
     assert sbx.files.read("/home/user/up.txt") == "uploaded"
 
 
+@scenario("end")
 def end():
     assert sbx.kill()
 
 
-for name, run in {"use a sandbox": use, "getHost": host, "downloadUrl": download, "uploadUrl": upload, "end": end}.items():
-    began = time.monotonic()
-    error = ""
-    try:
-        run()
-    except Exception:
-        error = traceback.format_exc()
-    print(json.dumps({"name": name, "ok": error == "", "error": error, "ms": int((time.monotonic() - began) * 1000)}), flush=True)
+main()

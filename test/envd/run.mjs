@@ -1,38 +1,10 @@
-// Runs the scenarios of sdk_test.go with the JavaScript client that is
-// installed in the directory given, as a user's program would, and prints a
-// line of JSON for each: {"name", "ok", "error", "ms"}.
+// Runs the scenarios of sdk_test.go with the JavaScript client.
 import assert from 'node:assert/strict'
 import http from 'node:http'
-import path from 'node:path'
 import { createHash, randomBytes } from 'node:crypto'
-import { createRequire } from 'node:module'
+import { client, fails, go, until } from '../sdk/frame.mjs'
 
-const dir = path.resolve(process.argv[2])
-const { Sandbox } = createRequire(path.join(dir, 'package.json'))('e2b')
-
-const fails = async (promise, name) => {
-  try {
-    await promise
-  } catch (err) {
-    const kinds = []
-    for (let p = Object.getPrototypeOf(err); p; p = Object.getPrototypeOf(p)) kinds.push(p.constructor.name)
-    assert.ok(kinds.includes(name), `want a ${name}, got ${kinds[0]}: ${err.message}`)
-    return err
-  }
-  assert.fail(`want a ${name}, got no error`)
-}
-// How long to wait for what must come. It says nothing about how fast that is:
-// the machine may do other things.
-const patience = 60_000
-const until = async (what, f) => {
-  const end = Date.now() + patience
-  for (;;) {
-    const v = await f()
-    if (v) return v
-    assert.ok(Date.now() < end, `not within ${patience} ms: ${typeof what === 'function' ? what() : what}`)
-    await new Promise((r) => setTimeout(r, 30))
-  }
-}
+const { Sandbox } = client()
 const sum = (b) => createHash('sha256').update(b).digest('hex')
 const text = new TextEncoder()
 // A stream of n copies of a piece.
@@ -381,16 +353,4 @@ http.server.HTTPServer(('127.0.0.1', 3000), H).serve_forever()"`, { background: 
   },
 }
 
-for (const [name, f] of Object.entries(scenarios)) {
-  const began = Date.now()
-  const result = { name, ok: true }
-  try {
-    await f()
-  } catch (err) {
-    result.ok = false
-    result.error = err.stack ?? String(err)
-  }
-  console.log(JSON.stringify({ ...result, ms: Date.now() - began }))
-}
-await sbx.kill().catch(() => {})
-process.exit(0) // idle connections would keep the process
+await go(scenarios, () => sbx.kill())

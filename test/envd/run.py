@@ -1,81 +1,29 @@
-"""Runs the scenarios of sdk_test.go with the Python client, as a user's program
-would: `run.py sync` with Sandbox, `run.py async` with AsyncSandbox. It prints a
-line of JSON for each: {"name", "ok", "error", "ms"}.
-
-The scenarios are written once. The two clients have the same calls, of which
-one's block and the other's are awaited; where they differ, terminals and
-watches, small classes make them alike.
-"""
+"""Runs the scenarios of sdk_test.go with the Python client. Where the two clients
+differ, terminals and watches, small classes make them alike."""
 
 import asyncio
 import hashlib
-import inspect
 import io
 import json
 import os
 import re
-import sys
-import time
-import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
 
 from e2b import (
-    AsyncSandbox,
     AuthenticationException,
     CommandExitException,
     InvalidArgumentException,
     NotEnoughSpaceException,
     NotFoundException,
     PtySize,
-    Sandbox,
     SandboxException,
 )
 
-MODE = sys.argv[1]
-Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
+from frame import MODE, PATIENCE, Box, do, fails, main, same, scenario, until
+
 S = None
-
-
-async def do(call, *args, **kwargs):
-    """Calls either client: the synchronous one in a thread, so that a call
-    that hangs does not stop the others."""
-    if MODE == "sync":
-        return await asyncio.to_thread(call, *args, **kwargs)
-    out = call(*args, **kwargs)
-    return await out if inspect.isawaitable(out) else out
-
-
-async def fails(kind, call, *args, **kwargs):
-    try:
-        await do(call, *args, **kwargs)
-    except kind as err:
-        return err
-    except Exception as err:
-        raise AssertionError(f"want a {kind.__name__}, got {type(err).__name__}: {err}") from err
-    raise AssertionError(f"want a {kind.__name__}, got no error")
-
-
-# How long to wait for what must come. It says nothing about how fast that is:
-# the machine may do other things.
-PATIENCE = 60
-
-
-async def until(what, f):
-    end = time.monotonic() + PATIENCE
-    while True:
-        v = f()
-        if inspect.isawaitable(v):
-            v = await v
-        if v:
-            return v
-        assert time.monotonic() < end, f"not within {PATIENCE} s: {what() if callable(what) else what}"
-        await asyncio.sleep(0.03)
-
-
-def same(got, want):
-    assert got == want, f"got {got!r}, want {want!r}"
 
 
 async def run(cmd, **kwargs):
@@ -148,17 +96,6 @@ class Watch:
             return next((e for e in await self.poll() if e.type.value == kind and e.name == name), None)
 
         return await until(lambda: f"{kind} {name}, but {self.events}", look)
-
-
-SCENARIOS = []
-
-
-def scenario(name):
-    def add(f):
-        SCENARIOS.append((name, f))
-        return f
-
-    return add
 
 
 @scenario("close stdin")
@@ -551,23 +488,9 @@ async def running_and_metrics():
     same(await do(S.is_running), False)
 
 
-async def main():
+async def begin():
     global S
     S = await do(Box.create, timeout=900, envs={"GREETING": "hello there"})
-    for name, f in SCENARIOS:
-        began = time.monotonic()
-        result = {"name": name, "ok": True}
-        try:
-            await f()
-        except BaseException:
-            result.update(ok=False, error=traceback.format_exc())
-        print(json.dumps({**result, "ms": round((time.monotonic() - began) * 1000)}), flush=True)
-    try:
-        await do(S.kill)
-    except Exception:
-        pass  # killed already, by its scenario
-    sys.stdout.flush()
-    os._exit(0)  # a thread that waits for a terminal would keep the process
 
 
-asyncio.run(main())
+main(begin, lambda: do(S.kill))

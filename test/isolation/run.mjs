@@ -1,11 +1,8 @@
-// Runs the scenarios of egress_test.go with the JavaScript client that is
-// installed in the directory given, and prints a line of JSON for each.
+// Runs the scenarios of egress_test.go with the JavaScript client.
 import assert from 'node:assert/strict'
-import { createRequire } from 'node:module'
-import path from 'node:path'
+import { client, go } from '../sdk/frame.mjs'
 
-const require = createRequire(path.join(path.resolve(process.argv[2]), 'package.json'))
-const { Sandbox, ALL_TRAFFIC, SandboxError, Secret, SecretError, SecretNotFoundError } = require('e2b')
+const { Sandbox, ALL_TRAFFIC, SandboxError, Secret, SecretError, SecretNotFoundError } = client()
 const { PUBLIC, OTHER, PORT } = process.env
 const opts = { timeoutMs: 600_000 }
 let sbx
@@ -71,16 +68,4 @@ const scenarios = {
   },
 }
 
-for (const [name, run] of Object.entries(scenarios)) {
-  const began = Date.now()
-  const result = { name, ok: true }
-  try {
-    await run()
-  } catch (err) {
-    result.ok = false
-    result.error = err.stack ?? String(err)
-  }
-  console.log(JSON.stringify({ ...result, ms: Date.now() - began }))
-}
-if (sbx) await sbx.kill().catch(() => {})
-process.exit(0) // idle connections would keep the process
+await go(scenarios, () => sbx.kill())

@@ -1,18 +1,11 @@
-"""Runs the scenarios of egress_test.go with the Python client: `run.py sync` with
-Sandbox, `run.py async` with AsyncSandbox. It prints a line of JSON for each."""
+"""Runs the scenarios of egress_test.go with the Python client."""
 
-import asyncio
-import inspect
-import json
 import os
-import sys
-import time
-import traceback
 
-from e2b import ALL_TRAFFIC, AsyncSandbox, AsyncSecret, NotFoundException, Sandbox, SandboxException, Secret
+from e2b import ALL_TRAFFIC, AsyncSecret, NotFoundException, SandboxException, Secret
 
-MODE = sys.argv[1]
-Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
+from frame import MODE, Box, do, fails, main, same, scenario
+
 Keep = {"sync": Secret, "async": AsyncSecret}[MODE]
 PUBLIC, OTHER, PORT = (os.environ[n] for n in ("PUBLIC", "OTHER", "PORT"))
 
@@ -24,88 +17,73 @@ except OSError as e:
     print("refused")'"""
 
 
-async def do(call, *args, **kwargs):
-    if MODE == "sync":
-        return await asyncio.to_thread(call, *args, **kwargs)
-    out = call(*args, **kwargs)
-    return await out if inspect.isawaitable(out) else out
+S = None
 
 
-async def fails(kind, call, *args, **kwargs):
-    try:
-        await do(call, *args, **kwargs)
-    except kind:
-        return
-    raise AssertionError(f"want a {kind.__name__}, got no error")
+async def reaches(opened, shut):
+    for host, want in [(h, "this is the world\n") for h in opened] + [(h, "refused\n") for h in shut]:
+        got = (await do(S.commands.run, PROBE % (host, PORT))).stdout
+        assert got == want, f"{host}: {got!r}, want {want!r}"
 
 
-class Run:
-    sbx = None
-
-    async def reaches(self, opened, shut):
-        for host, want in [(h, "this is the world\n") for h in opened] + [(h, "refused\n") for h in shut]:
-            got = (await do(self.sbx.commands.run, PROBE % (host, PORT))).stdout
-            assert got == want, f"{host}: {got!r}, want {want!r}"
-
-    async def create_with_a_policy(self):
-        network = {"deny_out": [ALL_TRAFFIC], "allow_out": [PUBLIC]}
-        self.sbx = await do(Box.create, timeout=600, network=network)
-        await self.reaches([PUBLIC], [OTHER])
-        info = await do(self.sbx.get_info)
-        assert info.network["allow_out"] == [PUBLIC] and info.network["deny_out"] == [ALL_TRAFFIC], info.network
-
-    async def update(self):
-        await do(self.sbx.update_network, {"deny_out": [PUBLIC + "/32"]})
-        await self.reaches([OTHER], [PUBLIC])
-        info = await do(self.sbx.get_info)
-        assert info.network.get("allow_out") is None and info.network["deny_out"] == [PUBLIC + "/32"], info.network
-        await do(Box.update_network, self.sbx.sandbox_id, {})
-        await self.reaches([OTHER, PUBLIC], [])
-
-    async def no_internet(self):
-        await do(self.sbx.update_network, {"allow_internet_access": False})
-        await self.reaches([], [OTHER, PUBLIC])
-        await do(self.sbx.kill)
-        self.sbx = await do(Box.create, timeout=600, allow_internet_access=False, network={"allow_out": [OTHER]})
-        await self.reaches([OTHER], [PUBLIC])
-
-    async def what_is_refused(self):
-        for network in ({"deny_out": ["example.com"]}, {"allow_out": ["example.com"]}, {"deny_out": ["10.0.0.0/33"]}):
-            await fails(SandboxException, Box.create, timeout=600, network=network)
-            await fails(SandboxException, self.sbx.update_network, network)
-        await do(self.sbx.kill)
-        await fails(NotFoundException, self.sbx.update_network, {})
-
-    async def secrets(self):
-        name = f"From-Python-{MODE}"
-        made = await do(Keep.create, name, "one", metadata={"a": "b"})
-        assert (made.name, made.version, made.metadata) == (name.lower(), 1, {"a": "b"}), made
-        assert (await do(Keep.update, name, "two")).version == 2
-        assert (await do(Keep.get_info, made.secret_id)).version == 2
-        assert await do(Keep.exists, name)
-        names, pages = [], Keep.list(limit=1)
-        while pages.has_next:
-            names += [s.name for s in await do(pages.next_items)]
-        assert name.lower() in names, names
-        await fails(Exception, Keep.create, name, "x")
-        assert Keep.fill("a") == "${e2b.secrets.a}"
-        assert await do(Keep.destroy, name)
-        assert not await do(Keep.destroy, name)
-        assert not await do(Keep.exists, name)
+async def policy():
+    network = (await do(S.get_info)).network
+    return network.get("allow_out"), network["deny_out"]
 
 
-async def main():
-    run = Run()
-    for name in ("create with a policy", "update", "no internet", "what is refused", "secrets"):
-        began = time.monotonic()
-        result = {"name": name, "ok": True}
-        try:
-            await getattr(run, name.replace(" ", "_"))()
-        except Exception:
-            result |= {"ok": False, "error": traceback.format_exc()}
-        print(json.dumps({**result, "ms": int((time.monotonic() - began) * 1000)}), flush=True)
-    if run.sbx:
-        await do(run.sbx.kill)
+@scenario("create with a policy")
+async def create():
+    global S
+    S = await do(Box.create, timeout=600, network={"deny_out": [ALL_TRAFFIC], "allow_out": [PUBLIC]})
+    await reaches([PUBLIC], [OTHER])
+    same(await policy(), ([PUBLIC], [ALL_TRAFFIC]))
 
 
-asyncio.run(main())
+@scenario("update")
+async def update():
+    await do(S.update_network, {"deny_out": [PUBLIC + "/32"]})
+    await reaches([OTHER], [PUBLIC])
+    same(await policy(), (None, [PUBLIC + "/32"]))
+    await do(Box.update_network, S.sandbox_id, {})
+    await reaches([OTHER, PUBLIC], [])
+
+
+@scenario("no internet")
+async def no_internet():
+    global S
+    await do(S.update_network, {"allow_internet_access": False})
+    await reaches([], [OTHER, PUBLIC])
+    await do(S.kill)
+    S = await do(Box.create, timeout=600, allow_internet_access=False, network={"allow_out": [OTHER]})
+    await reaches([OTHER], [PUBLIC])
+
+
+@scenario("what is refused")
+async def refused():
+    for network in ({"deny_out": ["example.com"]}, {"allow_out": ["example.com"]}, {"deny_out": ["10.0.0.0/33"]}):
+        await fails(SandboxException, Box.create, timeout=600, network=network)
+        await fails(SandboxException, S.update_network, network)
+    await do(S.kill)
+    await fails(NotFoundException, S.update_network, {})
+
+
+@scenario("secrets")
+async def secrets():
+    name = f"From-Python-{MODE}"
+    made = await do(Keep.create, name, "one", metadata={"a": "b"})
+    same((made.name, made.version, made.metadata), (name.lower(), 1, {"a": "b"}))
+    same((await do(Keep.update, name, "two")).version, 2)
+    same((await do(Keep.get_info, made.secret_id)).version, 2)
+    assert await do(Keep.exists, name)
+    names, pages = [], Keep.list(limit=1)
+    while pages.has_next:
+        names += [s.name for s in await do(pages.next_items)]
+    assert name.lower() in names, names
+    await fails(Exception, Keep.create, name, "x")
+    same(Keep.fill("a"), "${e2b.secrets.a}")
+    assert await do(Keep.destroy, name)
+    assert not await do(Keep.destroy, name)
+    assert not await do(Keep.exists, name)
+
+
+main(end=lambda: do(S.kill))

@@ -1,23 +1,9 @@
-// Runs the scenarios of pause_test.go with the JavaScript client that is
-// installed in the directory given, as a user's program would, and prints a
-// line of JSON for each: {"name", "ok", "error", "ms"}.
+// Runs the scenarios of pause_test.go with the JavaScript client.
 import assert from 'node:assert/strict'
 import fs from 'node:fs'
-import { createRequire } from 'node:module'
-import path from 'node:path'
+import { client, go, until } from '../sdk/frame.mjs'
 
-const require = createRequire(path.join(path.resolve(process.argv[2]), 'package.json'))
-const { Sandbox, SandboxNotFoundError } = require('e2b')
-
-const until = async (what, ms, f) => {
-  const end = Date.now() + ms
-  for (;;) {
-    const v = await f()
-    if (v) return v
-    assert.ok(Date.now() < end, `not within ${ms} ms: ${what}`)
-    await new Promise((r) => setTimeout(r, 50))
-  }
-}
+const { Sandbox, SandboxNotFoundError } = client()
 const opts = { timeoutMs: 300_000 }
 const proxy = process.env.E2B_SANDBOX_URL
 
@@ -54,9 +40,9 @@ const scenarios = {
     await sbx.commands.run('node guest.js', { background: true, timeoutMs: 0 })
     pty = await sbx.pty.create({ cols: 80, rows: 24, timeoutMs: 0, onData: (d) => { screen += decoder.decode(d) } })
     await sbx.pty.sendInput(pty.pid, new TextEncoder().encode('KEPT=in-this-shell; echo rea""dy\n'))
-    await until('the terminal answers', 30_000, () => screen.includes('ready'))
-    guestPid = (await until('the array is served', 30_000, async () => (await page(sbx.sandboxId, 8000)).body.match(/^True (\d+)$/)))[1]
-    nodePid = (await until('the port is open', 30_000, async () => (await page(sbx.sandboxId, 3000)).body.match(/^node (\d+) 1$/)))[1]
+    await until('the terminal answers', () => screen.includes('ready'))
+    guestPid = (await until('the array is served', async () => (await page(sbx.sandboxId, 8000)).body.match(/^True (\d+)$/)))[1]
+    nodePid = (await until('the port is open', async () => (await page(sbx.sandboxId, 3000)).body.match(/^node (\d+) 1$/)))[1]
   },
   'pause': async () => {
     assert.equal(await sbx.pause(), true)
@@ -82,7 +68,7 @@ const scenarios = {
     const count = async () => (await sbx.files.read('/tmp/count')).split(' ').map(Number)
     const [n, who] = await count()
     assert.equal(who, Number(guestPid))
-    await until('the counter goes on', 30_000, async () => (await count())[0] > n)
+    await until('the counter goes on', async () => (await count())[0] > n)
     // The wall clock, within what asking takes.
     const t0 = Date.now()
     const guestClock = Number((await sbx.commands.run('date +%s%3N')).stdout)
@@ -94,7 +80,7 @@ const scenarios = {
     screen = ''
     const again = await sbx.pty.connect(pty.pid, { onData: (d) => { screen += decoder.decode(d) }, timeoutMs: 0 })
     await sbx.pty.sendInput(again.pid, new TextEncoder().encode('echo "<$KEPT>"\n'))
-    await until('the shell has its variable', 30_000, () => screen.includes('<in-this-shell>'))
+    await until('the shell has its variable', () => screen.includes('<in-this-shell>'))
     await again.disconnect?.()
   },
   'ten pauses': async () => {
@@ -212,17 +198,17 @@ const scenarios = {
     await s.files.write('here', 'still')
     const info = await s.getInfo()
     assert.deepEqual(info.lifecycle, { onTimeout: 'pause', autoResume: true })
-    await until('it is paused at its end', 60_000, async () => (await Sandbox.getInfo(s.sandboxId)).state === 'paused')
+    await until('it is paused at its end', async () => (await Sandbox.getInfo(s.sandboxId)).state === 'paused')
     // This is what wakes it. It is called paused from when the pause begins, so
     // that the first read may still meet the guest that is being paused.
-    await until('a read wakes it', 60_000, async () =>
+    await until('a read wakes it', async () =>
       (await s.files.read('here')) === 'still' && (await s.getInfo()).state === 'running')
     await s.kill()
     const t = await Sandbox.create({ timeoutMs: 2000, lifecycle: { onTimeout: { action: 'pause', keepMemory: false } } })
     await t.files.write('here', 'still')
-    await until('it is paused at its end', 60_000, async () => (await Sandbox.getInfo(t.sandboxId)).state === 'paused')
+    await until('it is paused at its end', async () => (await Sandbox.getInfo(t.sandboxId)).state === 'paused')
     // It is called paused from when the pause begins.
-    await until('nothing wakes it', 30_000, async () => !(await t.isRunning()))
+    await until('nothing wakes it', async () => !(await t.isRunning()))
     assert.equal((await Sandbox.getInfo(t.sandboxId)).state, 'paused')
     const again = await t.connect(opts)
     assert.equal(await again.files.read('here'), 'still')
@@ -232,7 +218,7 @@ const scenarios = {
     const s = await Sandbox.create({ ...opts, lifecycle: { onTimeout: 'pause', autoResume: true } })
     await s.files.write('guest.js', new Blob([web]))
     await s.commands.run('node guest.js', { background: true, timeoutMs: 0 })
-    const who = (await until('the port is open', 30_000, async () => (await page(s.sandboxId, 3000)).body.match(/^node (\d+) 1$/)))[1]
+    const who = (await until('the port is open', async () => (await page(s.sandboxId, 3000)).body.match(/^node (\d+) 1$/)))[1]
     // A request to a port, a command, a file, a terminal: each of them wakes it.
     const wakes = {
       port: async () => assert.deepEqual(await page(s.sandboxId, 3000), { status: 200, body: `node ${who} 2` }),
@@ -262,16 +248,4 @@ const scenarios = {
   },
 }
 
-for (const [name, run] of Object.entries(scenarios)) {
-  const began = Date.now()
-  const result = { name, ok: true }
-  try {
-    await run()
-  } catch (err) {
-    result.ok = false
-    result.error = err.stack ?? String(err)
-  }
-  console.log(JSON.stringify({ ...result, ms: Date.now() - began }))
-}
-if (sbx) await sbx.kill().catch(() => {})
-process.exit(0) // idle connections would keep the process
+await go(scenarios, () => sbx.kill())

@@ -1,54 +1,26 @@
-"""Runs the scenarios of pause_test.go with the Python client, as a user's
-program would: `run.py sync` with Sandbox, `run.py async` with AsyncSandbox. It
-prints a line of JSON for each: {"name", "ok", "error", "ms"}.
-"""
+"""Runs the scenarios of pause_test.go with the Python client."""
 
 import asyncio
-import inspect
 import json
 import os
 import re
-import sys
 import time
-import traceback
 import urllib.error
 import urllib.request
 
 from e2b import (
-    AsyncSandbox,
     NotFoundException,
     PtySize,
-    Sandbox,
     SandboxException,
     SandboxNotFoundException,
     SandboxQuery,
     SandboxState,
 )
 
-MODE = sys.argv[1]
-Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
+from frame import MODE, Box, do, fails, main, same, scenario, until
+
 NAME = f"kept-{MODE}-{os.getpid()}"
 TIMEOUT = 300
-
-
-async def do(call, *args, **kwargs):
-    """Calls either client: the synchronous one in a thread."""
-    if MODE == "sync":
-        return await asyncio.to_thread(call, *args, **kwargs)
-    out = call(*args, **kwargs)
-    return await out if inspect.isawaitable(out) else out
-
-
-def same(got, want):
-    assert got == want, f"got {got!r}, want {want!r}"
-
-
-async def until(what, seconds, f):
-    end = time.monotonic() + seconds
-    while not (v := await f()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        await asyncio.sleep(0.05)
-    return v
 
 
 def fetch(box, port, path):
@@ -113,7 +85,7 @@ class Terminal:
         async def said():
             return text.encode() in self.out
 
-        await until(f"the terminal says {text!r}", 60, said)
+        await until(f"the terminal says {text!r}", said)
 
 
 INTEGRITY = (
@@ -126,26 +98,9 @@ async def out(command):
     return (await do(S.commands.run, command)).stdout
 
 
-async def fails(kind, call, *args, **kwargs):
-    try:
-        await do(call, *args, **kwargs)
-    except kind as err:
-        return err
-    raise AssertionError(f"{call.__name__}{args} works")
-
-
 S = None
 T = Terminal()
 PID = NODE = None
-SCENARIOS = []
-
-
-def scenario(name):
-    def add(f):
-        SCENARIOS.append((name, f))
-        return f
-
-    return add
 
 
 async def state(box):
@@ -174,8 +129,8 @@ async def guests():
     async def node():
         return re.match(r"^node (\d+) 1$", (await page(3000))[1])
 
-    PID = (await until("the array is served", 60, served))[1]
-    NODE = (await until("the port is open", 60, node))[1]
+    PID = (await until("the array is served", served))[1]
+    NODE = (await until("the port is open", node))[1]
 
 
 @scenario("pause")
@@ -201,7 +156,7 @@ async def goes_on():
     async def goes():
         return all(n > before[what] for what, n in (await state_of(8000))["done"].items())
 
-    await until("everything in the guest goes on", 60, goes)
+    await until("everything in the guest goes on", goes)
     began = time.time()
     clock = float(await out("date +%s.%N"))
     assert began - 0.1 < clock < time.time() + 0.1, f"the guest's clock is {clock - began} s off"
@@ -343,7 +298,7 @@ async def at_the_end():
     async def paused():
         return (await state(box)) == SandboxState.PAUSED
 
-    await until("it is paused at its end", 60, paused)
+    await until("it is paused at its end", paused)
 
     # It is called paused from when the pause begins, so that the first read may
     # still meet the guest that is being paused.
@@ -351,17 +306,17 @@ async def at_the_end():
         same(await do(box.files.read, "here"), "still")
         return (await state(box)) == SandboxState.RUNNING
 
-    await until("a read wakes it", 60, woken)
+    await until("a read wakes it", woken)
     await do(box.kill)
 
     box = await do(Box.create, timeout=2, lifecycle={"on_timeout": {"action": "pause", "mode": "filesystem"}})
     await do(box.files.write, "here", "still")
-    await until("it is paused at its end", 60, paused)
+    await until("it is paused at its end", paused)
 
     async def gone():
         return not await do(box.is_running)
 
-    await until("nothing wakes it", 60, gone)
+    await until("nothing wakes it", gone)
     same(await state(box), SandboxState.PAUSED)
     again = await do(box.connect, timeout=TIMEOUT)
     same(await do(again.files.read, "here"), "still")
@@ -378,7 +333,7 @@ async def wakes():
     async def node():
         return re.match(r"^node (\d+) 1$", (await page(3000, box=box))[1])
 
-    who = (await until("the port is open", 60, node))[1]
+    who = (await until("the port is open", node))[1]
 
     # A request to a port, a command, a file: each of them wakes it.
     async def port():
@@ -416,16 +371,4 @@ async def kill_paused():
     raise AssertionError("connecting to a sandbox that was killed works")
 
 
-async def main():
-    for name, run in SCENARIOS:
-        began = time.monotonic()
-        result = {"name": name, "ok": True}
-        try:
-            await run()
-        except BaseException:
-            result.update(ok=False, error=traceback.format_exc())
-        print(json.dumps(result | {"ms": round((time.monotonic() - began) * 1000)}), flush=True)
-
-
-asyncio.run(main())
-os._exit(0)
+main()

@@ -1,50 +1,9 @@
-// Runs the scenarios of sdk_test.go with the JavaScript client that is
-// installed in the directory given, as a user's program would, and prints a
-// line of JSON for each: {"name", "ok", "error", "ms"}.
+// Runs the scenarios of sdk_test.go with the JavaScript client.
 import assert from 'node:assert/strict'
-import { createRequire } from 'node:module'
-import path from 'node:path'
+import { client, fails, go, kind, kinds, patience, until, version } from './frame.mjs'
 
-const dir = path.resolve(process.argv[2])
-const require = createRequire(path.join(dir, 'package.json'))
-const e2b = require('e2b')
-const { Sandbox } = e2b
-const version = require(path.join(dir, 'node_modules/e2b/package.json')).version
-
-// Error classes by name: a class may be missing in an older version.
-const kind = (err) => {
-  for (let p = Object.getPrototypeOf(err); p; p = Object.getPrototypeOf(p)) {
-    if (p.constructor.name.endsWith('Error')) return p.constructor.name
-  }
-  return String(err)
-}
-const kinds = (err) => {
-  const out = []
-  for (let p = Object.getPrototypeOf(err); p; p = Object.getPrototypeOf(p)) out.push(p.constructor.name)
-  return out
-}
-const fails = async (promise, name) => {
-  try {
-    await promise
-  } catch (err) {
-    assert.ok(kinds(err).includes(name), `want a ${name}, got ${kind(err)}: ${err.message}`)
-    return err
-  }
-  assert.fail(`want a ${name}, got no error`)
-}
-// How long to wait for what must come. It says nothing about how fast that is:
-// the machine may do other things.
-const patience = 60_000
-const until = async (what, f) => {
-  const end = Date.now() + patience
-  for (;;) {
-    const v = await f()
-    if (v) return v
-    assert.ok(Date.now() < end, `not within ${patience} ms: ${what}`)
-    await new Promise((r) => setTimeout(r, 50))
-  }
-}
-const tag = `js-${version}-${process.pid}`
+const { Sandbox } = client()
+const tag = `js-${version()}-${process.pid}`
 const opts = { timeoutMs: 600_000 }
 let sbx // shared by the scenarios of commands and files
 
@@ -288,16 +247,4 @@ const scenarios = {
   },
 }
 
-for (const [name, run] of Object.entries(scenarios)) {
-  const began = Date.now()
-  const result = { name, ok: true }
-  try {
-    await run()
-  } catch (err) {
-    result.ok = false
-    result.error = err.stack ?? String(err)
-  }
-  console.log(JSON.stringify({ ...result, ms: Date.now() - began }))
-}
-if (sbx) await sbx.kill().catch(() => {})
-process.exit(0) // idle connections would keep the process
+await go(scenarios, () => sbx.kill())

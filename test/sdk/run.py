@@ -1,73 +1,26 @@
-"""Runs the scenarios of sdk_test.go with the Python client, as a user's program
-would: `run.py sync` with Sandbox, `run.py async` with AsyncSandbox. It prints a
-line of JSON for each: {"name", "ok", "error", "ms"}.
-
-The scenarios are written once. The two clients have the same calls, of which
-one's block and the other's are awaited.
-"""
+"""Runs the scenarios of sdk_test.go with the Python client."""
 
 import asyncio
 import datetime
-import inspect
-import json
 import os
 import re
-import sys
 import time
-import traceback
 
 from e2b import (
-    AsyncSandbox,
     AuthenticationException,
     CommandExitException,
     InvalidArgumentException,
     NotFoundException,
-    Sandbox,
     SandboxException,
     SandboxQuery,
     SandboxState,
     TimeoutException,
 )
 
-MODE = sys.argv[1]
-Box = {"sync": Sandbox, "async": AsyncSandbox}[MODE]
+from frame import MODE, PATIENCE, Box, do, fails, main, same, scenario, until
+
 TAG = f"python-{MODE}-{os.getpid()}"
 TIMEOUT = 600
-
-
-async def do(call, *args, **kwargs):
-    """Calls either client: the synchronous one in a thread, so that a call
-    that hangs does not stop the others."""
-    if MODE == "sync":
-        return await asyncio.to_thread(call, *args, **kwargs)
-    out = call(*args, **kwargs)
-    return await out if inspect.isawaitable(out) else out
-
-
-async def fails(kind, call, *args, **kwargs):
-    try:
-        await do(call, *args, **kwargs)
-    except kind as err:
-        return err
-    except Exception as err:
-        raise AssertionError(f"want a {kind.__name__}, got {type(err).__name__}: {err}") from err
-    raise AssertionError(f"want a {kind.__name__}, got no error")
-
-
-# How long to wait for what must come. It says nothing about how fast that is:
-# the machine may do other things.
-PATIENCE = 60
-
-
-async def until(what, f):
-    end = time.monotonic() + PATIENCE
-    while not await f():
-        assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
-        await asyncio.sleep(0.05)
-
-
-def same(got, want):
-    assert got == want, f"got {got!r}, want {want!r}"
 
 
 def now():
@@ -79,15 +32,6 @@ async def run(cmd, **kwargs):
 
 
 S = None  # shared by the scenarios of commands and files
-SCENARIOS = []
-
-
-def scenario(name):
-    def add(f):
-        SCENARIOS.append((name, f))
-        return f
-
-    return add
 
 
 @scenario("create")
@@ -403,22 +347,4 @@ async def unknown_template():
     assert "no-such-template" in str(err), str(err)
 
 
-async def main():
-    for name, f in SCENARIOS:
-        began = time.monotonic()
-        result = {"name": name, "ok": True}
-        try:
-            await f()
-        except BaseException:
-            result.update(ok=False, error=traceback.format_exc())
-        print(json.dumps({**result, "ms": round((time.monotonic() - began) * 1000)}), flush=True)
-    if S:
-        try:
-            await do(S.kill)
-        except Exception:
-            pass  # killed already, by its scenario
-    sys.stdout.flush()
-    os._exit(0)  # how the interpreter ends with the client's threads is not the question
-
-
-asyncio.run(main())
+main(end=lambda: do(S.kill))
