@@ -24,7 +24,7 @@ const wireBuffer = 4 << 10
 // call has such a one, and it is there already, with its header.
 const shortBody = 2 << 10
 
-// longBody is from what size on an answer is left to the kernel to move.
+// longBody is from what size on a body is left to the kernel to move.
 const longBody = 1 << 20
 
 var (
@@ -261,24 +261,30 @@ func writeHeader(out *bufio.Writer, req *http.Request) {
 	line()
 }
 
-// sendCounted sends a body of known length; its first part goes with the header.
+// sendCounted sends a body of known length; its first part goes with the header,
+// and of a long one what follows goes past us, if it can.
 func sendCounted(out *bufio.Writer, conn net.Conn, req *http.Request) error {
 	var b buffer
 	defer b.free()
+	var past *passage
+	defer func() { past.close() }()
 	to := io.Writer(out)
 	for left := req.ContentLength; left > 0; {
 		p := b.bytes()
-		n, err := req.Body.Read(p[:min(int64(len(p)), left)])
-		if n > 0 {
+		p = p[:min(int64(len(p)), left)]
+		n, moved, err := past.read(req.Body, p)
+		switch {
+		case moved && past.err != nil:
+			return past.err
+		case n > 0 && !moved:
 			if _, err := to.Write(p[:n]); err != nil {
 				return err
 			}
 			if err := out.Flush(); err != nil {
 				return err
 			}
-			to = conn
-			left -= int64(n)
 		}
+		left -= int64(n)
 		b.grow(n)
 		switch {
 		case left == 0:
@@ -286,6 +292,12 @@ func sendCounted(out *bufio.Writer, conn net.Conn, req *http.Request) error {
 			return &bodyError{io.ErrUnexpectedEOF}
 		case err != nil:
 			return &bodyError{err}
+		}
+		if to == io.Writer(out) && n > 0 {
+			to = conn
+			if body, ok := req.Body.(*clientBody); ok && left >= longBody {
+				past = newPassage(body.conn, conn)
+			}
 		}
 	}
 	return nil

@@ -20,6 +20,9 @@ import (
 // again, it reports true when there is no answer because the sandbox went away.
 func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *connections, in cay.Ingress, again bool) (gone bool) {
 	body := &clientBody{ReadCloser: r.Body}
+	if r.ProtoMajor == 1 && r.TLS == nil {
+		body.conn = guardedOf(r)
+	}
 	out := s.outgoing(r, t, c, in)
 	if r.ContentLength != 0 {
 		if r.ProtoMajor == 1 {
@@ -59,6 +62,7 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *co
 // not blamed. It may be read after the answer has come.
 type clientBody struct {
 	io.ReadCloser
+	conn   *guarded // whose bytes these are; nil if they are in another form there
 	broken atomic.Bool
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -45,6 +46,8 @@ type guarded struct {
 	net.Conn
 	gate *gate
 	peer *peer
+	// passage answers the next read that is to fill its memory.
+	passage atomic.Pointer[passage]
 
 	// Guarded by gate.mu.
 	busy     int // requests under way
@@ -180,6 +183,14 @@ func (gc *guarded) Close() error {
 	gc.gate.drop(gc)
 	gc.gate.mu.Unlock()
 	return gc.Conn.Close()
+}
+
+// Read implements [net.Conn].
+func (gc *guarded) Read(p []byte) (int, error) {
+	if g := gc.passage.Load(); g != nil && g.offer(p) {
+		return g.move(len(p))
+	}
+	return gc.Conn.Read(p)
 }
 
 // ReadFrom lets the kernel move what comes from another connection.
