@@ -96,7 +96,8 @@ type SaveRequest struct {
 type Snapshots interface {
 	// Save makes a snapshot of a running sandbox. After a nil error the
 	// snapshot is whole and survives a power cut; with Pause the sandbox does
-	// not run any more, and Watch reports its end as EndPaused. After an error
+	// not run any more and may be started again, the rest of its run is removed
+	// behind it, and Watch reports its end as EndPaused. After an error
 	// the sandbox runs on as before and there is no snapshot; CodeShuttingDown
 	// alone leaves open which of the two it is, and the next run of the node
 	// settles it. Unknown sandboxes are CodeSandboxNotFound, one with another

@@ -123,7 +123,7 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	g := &guest{exited: make(chan struct{}), gone: make(chan struct{}), rec: record{
+	g := &guest{exited: make(chan struct{}), left: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
 		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
 		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}

@@ -12,8 +12,8 @@ import (
 )
 
 // end moves a guest to its end and removes it in the background. The first
-// reason counts; later calls have no effect. g.gone is closed when no process
-// of the guest runs any more.
+// reason counts; later calls have no effect. g.left is closed when nobody reaches
+// the guest any more, and g.gone when no process of it runs any more.
 func (o *Orchestrator) end(g *guest, reason cay.EndReason, message string) {
 	o.mu.Lock()
 	if g.rec.Phase == ending {
@@ -52,16 +52,18 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 		}
 		o.keepPast(ctx, g, refused)
 	}
+	if g.rec.EndReason == cay.EndPaused {
+		o.leave(g) // it may be resumed
+	}
+	close(g.left)
 	o.Fault.Pass(g.op, "engine-gone.before")
 	ending := o.now()
 	if !o.again("ending the guest", id, func() error { return o.Runtime.Kill(ctx, runtime.InstanceID(id)) }) {
 		return
 	}
 	o.Fault.Pass(g.op, "engine-gone.after")
+	o.leave(g)
 	o.mu.Lock()
-	if sbx != "" && o.bySbx[sbx] == g {
-		delete(o.bySbx, sbx)
-	}
 	delete(o.guests, id)
 	o.mu.Unlock()
 	if g.rec.EndReason == cay.EndPaused {
@@ -100,6 +102,15 @@ func (o *Orchestrator) remove(ctx context.Context, g *guest) {
 	}
 	o.lookAtEngines()
 	o.wake()
+}
+
+// leave makes a guest one of no sandbox.
+func (o *Orchestrator) leave(g *guest) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.bySbx[g.rec.Sandbox] == g {
+		delete(o.bySbx, g.rec.Sandbox)
+	}
 }
 
 // again repeats f until it works. It reports false when the server lets go

@@ -95,6 +95,7 @@ type guest struct {
 	adopted bool          // survived a restart of the server
 	exited  chan struct{} // closed when the engine says that it ended
 	exit    runtime.Exit
+	left    chan struct{} // closed when nobody reaches it any more
 	gone    chan struct{} // closed when no process of it runs any more
 }
 
@@ -256,7 +257,11 @@ func (o *Orchestrator) Create(ctx context.Context, c cay.SandboxConfig) (cay.Nod
 	defer cancel(nil)
 
 	s := &start{cancel: cancel, done: make(chan struct{})}
-	if err := o.admit(c.ID, s); err != nil {
+	err := o.admit(c.ID, s)
+	if cay.CodeOf(err) == cay.CodeCapacity && o.othersLeave(ctx) {
+		err = o.admit(c.ID, s)
+	}
+	if err != nil {
 		return cay.NodeSandbox{}, err
 	}
 	defer func() {
@@ -301,6 +306,27 @@ func (o *Orchestrator) admit(id cay.SandboxID, s *start) error {
 	}
 	o.starting[id] = s
 	return nil
+}
+
+// othersLeave waits until the guests that are ending are gone, with their memory,
+// and reports whether there were any.
+func (o *Orchestrator) othersLeave(ctx context.Context) bool {
+	o.mu.Lock()
+	var ends []*guest
+	for _, g := range o.guests {
+		if g.rec.Phase == ending {
+			ends = append(ends, g)
+		}
+	}
+	o.mu.Unlock()
+	for _, g := range ends {
+		select {
+		case <-g.gone:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return len(ends) > 0
 }
 
 // place finds or boots a guest and gives it to the sandbox.

@@ -41,10 +41,11 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 		if r.Engine.Version == "" {
 			r.Engine = o.engine
 		}
-		g := &guest{rec: r, adopted: true, exited: make(chan struct{}), gone: make(chan struct{})}
+		g := &guest{rec: r, adopted: true, exited: make(chan struct{}), left: make(chan struct{}), gone: make(chan struct{})}
 		o.mu.Lock()
 		o.guests[r.Execution] = g
-		if r.Sandbox != "" && r.Phase != booting {
+		// One that was paused is its snapshot, or runs again as another guest.
+		if r.Sandbox != "" && r.Phase != booting && (r.Phase != ending || r.EndReason != cay.EndPaused) {
 			o.bySbx[r.Sandbox] = g
 		}
 		o.mu.Unlock()

@@ -76,9 +76,12 @@ func (o *Orchestrator) Save(ctx context.Context, id cay.SandboxID, q cay.SaveReq
 		o.Fault.Pass(op, "go-on.after")
 		return m, err
 	}
+	// The snapshot is what there is of the sandbox from now on. What is left of
+	// the guest, which stands still, is on record and is removed by this run or
+	// the next: nobody waits for that.
 	o.end(g, cay.EndPaused, "")
 	select {
-	case <-g.gone:
+	case <-g.left:
 		return m, nil
 	case <-o.life.Done():
 		return m, errShuttingDown() // the pause is on record: the next run finishes it
