@@ -23,6 +23,7 @@ import (
 	"syscall"
 
 	"github.com/cayhq/cay/envd"
+	"github.com/cayhq/cay/internal/disposition"
 )
 
 // An idle sandbox should cost little, so the heap is kept small: collected
@@ -47,6 +48,9 @@ Flags:
 func main() {
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
+	if err := disposition.RestoreRest(); err != nil {
+		fmt.Fprintln(os.Stderr, "envd: processes will ignore some signals:", err)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/disposition"
 )
 
 // Names of the environment that the node gives to PID 1.
@@ -74,6 +76,9 @@ func main() {
 	// sandbox is ended from outside. Handlers, unlike ignoring, are not
 	// inherited by children.
 	signal.Notify(make(chan os.Signal)) //nolint:staticcheck // SA1017: nobody receives, and nothing shall be kept
+	if err := disposition.IgnoreRest(); err != nil {
+		say("some signals may end PID 1: %v", err)
+	}
 
 	token := os.Getenv(envToken)
 	if !wipe(token) {

@@ -50,6 +50,7 @@ var Packages = []Package{
 	{"envd", Guest, "the daemon in each sandbox: processes, files, ports"},
 	{"internal/check", Test, "runs what must pass before a commit, and counts it"},
 	{"internal/cli", Internal, "the commands that talk to a server, as any client does"},
+	{"internal/disposition", Internal, "what the signals do that Go leaves alone"},
 	{"internal/gen/api", Generated, "the public REST API, from spec/openapi.yaml"},
 	{"internal/gen/envd/filesystem", Generated, "messages of spec/envd/filesystem"},
 	{"internal/gen/envd/filesystem/filesystemconnect", Generated, "RPC of spec/envd/filesystem"},
