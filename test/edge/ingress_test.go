@@ -10,10 +10,12 @@ import (
 	"github.com/cayhq/cay/test/program"
 )
 
-// What a creator says about the way to the ports holds, also after a pause and
-// after a restart of the server.
+// What a creator says about the way to the ports holds by each way, also after a
+// pause and after a restart of the server.
 func TestIngress(t *testing.T) {
-	e := startEdge(t, "--redirect-http", "on", "--tls-addr", "127.0.0.1:8443")
+	secure := []string{"--tls-addr", "127.0.0.1:8443"}
+	e := startEdge(t, secure...)
+	e.secure = ":8443"
 	var made struct{ SandboxID, TrafficAccessToken, Domain string }
 	if err := e.client.Call(t.Context(), "POST", "/v2/sandboxes", map[string]any{"templateID": "base", "timeout": 60, "secure": true,
 		"network": map[string]any{"allowPublicTraffic": false}}, &made); err != nil {
@@ -30,11 +32,8 @@ func TestIngress(t *testing.T) {
 	}
 	hc := e.http(h2)
 	defer hc.CloseIdleConnections()
-	ask := func(port int, token string) string {
-		req, err := http.NewRequestWithContext(t.Context(), "GET", "https://"+e.host(port)+":8443/hello", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+	ask := func(w way, port int, token string) string {
+		req := e.request(t, w, port, "GET", "/hello", nil)
 		if token != "" {
 			req.Header.Set("E2B-Traffic-Access-Token", token)
 		}
@@ -46,33 +45,38 @@ func TestIngress(t *testing.T) {
 		b, _ := io.ReadAll(res.Body) // what came is compared
 		return fmt.Sprint(res.StatusCode, " ", string(b))
 	}
-	check := func(when string) {
+	check := func(when string, by ...way) {
 		t.Helper()
-		for _, c := range []struct {
-			port        int
-			token, want string
-		}{
-			{8080, told.TrafficAccessToken, fmt.Sprintf(`200 hello app.internal:8080 ["%s:8443"] tls=false`, e.host(8080))},
-			{8443, told.TrafficAccessToken, fmt.Sprintf(`200 hello app.internal:8443 ["%s:8443"] tls=true`, e.host(8443))},
-			{8080, "", `403 {"sandboxId":"` + e.box.ID + `","message":"The traffic access token is missing`},
-			{8080, made.TrafficAccessToken, `403 {"sandboxId":"` + e.box.ID + `","message":"The traffic access token is wrong`},
-			{program.EnvdPort, "", "401 "}, // the daemon has its own token, and its Host is not masked
-		} {
-			if got := ask(c.port, c.token); !strings.HasPrefix(got, c.want) {
-				t.Errorf("%s: port %d says %q, want %q", when, c.port, got, c.want)
+		for _, w := range by {
+			_, host, _ := strings.Cut(w.base(e, 8080), "://")
+			_, hostTLS, _ := strings.Cut(w.base(e, 8443), "://")
+			for _, c := range []struct {
+				port        int
+				token, want string
+			}{
+				{8080, told.TrafficAccessToken, fmt.Sprintf(`200 hello app.internal:8080 [%q] tls=false`, host)},
+				{8443, told.TrafficAccessToken, fmt.Sprintf(`200 hello app.internal:8443 [%q] tls=true`, hostTLS)},
+				{8080, "", `403 {"sandboxId":"` + e.box.ID + `","message":"The traffic access token is missing`},
+				{8080, made.TrafficAccessToken, `403 {"sandboxId":"` + e.box.ID + `","message":"The traffic access token is wrong`},
+				{program.EnvdPort, "", "401 "}, // the daemon has its own token, and its Host is not masked
+			} {
+				if got := ask(w, c.port, c.token); !strings.HasPrefix(got, c.want) {
+					t.Errorf("%s, %s: port %d says %q, want %q", when, w.name, c.port, got, c.want)
+				}
 			}
 		}
 	}
-	check("at first")
+	check("at first", ways...)
+	e.SetArgs(append(append(secure, "--redirect-http", "on"), localDomain...)...)
 	e.Restart(t)
-	check("after a restart")
+	check("after a restart", ways[:2]...)
 	if err := e.client.Call(t.Context(), "POST", "/sandboxes/"+e.box.ID+"/pause", nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := e.client.Call(t.Context(), "POST", "/sandboxes/"+e.box.ID+"/connect", map[string]any{"timeout": 1200}, nil); err != nil {
 		t.Fatal(err)
 	}
-	check("after a pause")
+	check("after a pause", ways[:2]...)
 
 	plain := &http.Client{Transport: &http.Transport{DialContext: dialLocal}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	res, err := plain.Get("http://" + e.host(8080) + e.proxyPort() + "/hello?a=b")

@@ -81,15 +81,19 @@ type edge struct {
 	box    *program.Sandbox
 	roots  *x509.CertPool
 	caFile string
+	secure string // ":" and the port of HTTPS, if it is not 443
 }
 
-// startEdge starts a server with a local authority.
+// localDomain are the arguments of a server with a local authority.
+var localDomain = []string{"--domain", domain, "--certificates", "local"}
+
+// startEdge starts such a server.
 func startEdge(t *testing.T, args ...string) *edge {
 	t.Helper()
 	if _, err := nameServer(); err != nil {
 		t.Fatal(err)
 	}
-	e := &edge{Server: program.Start(t, program.Options{Args: append([]string{"--domain", domain, "--certificates", "local"}, args...)})}
+	e := &edge{Server: program.Start(t, program.Options{Args: append(args, localDomain...)})}
 	e.client = e.Client()
 	e.caFile = filepath.Join(e.Dir, "certificates", "local", domain, "ca.pem")
 	pem, err := os.ReadFile(e.caFile)
@@ -152,8 +156,8 @@ func routing(e *edge, port int) http.Header {
 }
 
 var ways = []way{
-	{"https", func(e *edge, port int) string { return "https://" + e.host(port) }, none},
-	{"https by headers", func(*edge, int) string { return "https://sandbox." + domain }, routing},
+	{"https", func(e *edge, port int) string { return "https://" + e.host(port) + e.secure }, none},
+	{"https by headers", func(e *edge, _ int) string { return "https://sandbox." + domain + e.secure }, routing},
 	{"plain", func(e *edge, port int) string { return "http://" + e.host(port) + e.proxyPort() }, none},
 	{"plain by headers", func(e *edge, _ int) string { return e.Proxy }, routing},
 }

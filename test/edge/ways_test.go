@@ -27,7 +27,8 @@ import (
 )
 
 // Everything that clients speak reaches a sandbox by each way: curl, server-sent
-// events, WebSockets, gRPC, large bodies; also services on its localhost.
+// events, WebSockets, gRPC, large bodies; also services on its localhost. So do
+// the answers of the edge itself.
 func TestWays(t *testing.T) {
 	e := startEdge(t)
 	e.box = e.inhabit(t, map[string]any{"network": map[string]any{"httpsPorts": []int{8443}}})
@@ -39,6 +40,7 @@ func TestWays(t *testing.T) {
 			t.Run("websocket over TLS inside", func(t *testing.T) { e.websocket(t, w, 8443) })
 			t.Run("bodies", func(t *testing.T) { e.bodies(t, w) })
 			t.Run("gRPC", func(t *testing.T) { e.grpc(t, w) })
+			t.Run("answers", func(t *testing.T) { e.answers(t, w) })
 		})
 	}
 	t.Run("API", func(t *testing.T) { e.api(t) })
@@ -248,28 +250,74 @@ func (e *edge) wakes(t *testing.T) {
 	}
 	hc := e.http(h2)
 	defer hc.CloseIdleConnections()
-	url := fmt.Sprintf("https://8000-%s.%s/", box.ID, domain)
-	get := func() string {
-		req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
-		if err != nil {
+	at := *e
+	at.box = box
+	for _, w := range ways {
+		get := func() string {
+			res, err := hc.Do(at.request(t, w, 8000, "GET", "/", nil))
+			if err != nil {
+				return err.Error()
+			}
+			defer res.Body.Close()
+			b, _ := io.ReadAll(res.Body) // what came is shown
+			if res.StatusCode != 200 {
+				return fmt.Sprint(res.StatusCode, " ", string(b))
+			}
+			return ""
+		}
+		program.Eventually(t, patience, get)
+		if err := e.client.Call(t.Context(), "POST", "/sandboxes/"+box.ID+"/pause", nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		res, err := hc.Do(req)
-		if err != nil {
-			return err.Error()
+		if said := get(); said != "" {
+			t.Errorf("a paused sandbox, %s: %s", w.name, said)
 		}
-		defer res.Body.Close()
-		b, _ := io.ReadAll(res.Body) // what came is shown
-		if res.StatusCode != 200 {
-			return fmt.Sprint(res.StatusCode, " ", string(b))
+	}
+}
+
+// answers are what the edge says itself: JSON to programs, a page to people.
+func (e *edge) answers(t *testing.T, w way) {
+	nobody := *e
+	nobody.box = &program.Sandbox{ID: "i" + strings.Repeat("0", 20)}
+	for _, c := range []struct {
+		of         *edge
+		port       int
+		path       string
+		status     int
+		json, page string
+	}{
+		{e, 8099, "/", 502, `{"sandboxId":"` + e.box.ID + `","message":"The sandbox is running but port is not open","port":8099,"code":502}`, "no service running on port 8099"},
+		{&nobody, 8080, "/", 502, `{"sandboxId":"` + nobody.box.ID + `","message":"The sandbox was not found","code":502}`, "Sandbox Not Found"},
+		{e, program.EnvdPort, "/init", 404, `{"message":"This path is reserved for the E2B control plane","path":"/init","code":404}`, "Reserved Path"},
+		{e, 0, "/", 400, "", ""},
+		{e, 65536, "/", 400, "", ""},
+	} {
+		for _, person := range []bool{false, true} {
+			hc := e.http(h1)
+			req := c.of.request(t, w, c.port, "GET", c.path, nil)
+			if person {
+				hc = e.http(h2)
+				req.Header.Set("User-Agent", "Mozilla/5.0")
+				req.Header.Set("Accept", "text/html,*/*")
+			}
+			res, err := hc.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(res.Body)
+			res.Body.Close()
+			hc.CloseIdleConnections()
+			got := strings.TrimSpace(string(b))
+			kind, good := "application/json; charset=utf-8", got == c.json
+			switch {
+			case c.json == "":
+				kind, good = "text/plain; charset=utf-8", got != ""
+			case person:
+				kind, good = "text/html; charset=utf-8", strings.Contains(got, c.page)
+			}
+			if err != nil || res.StatusCode != c.status || !good || res.Header.Get("Content-Type") != kind {
+				t.Errorf("%s, port %d, by %s, a person: %v: %d %s, %q, %v", c.path, c.port, res.Proto, person, res.StatusCode, res.Header.Get("Content-Type"), got, err)
+			}
 		}
-		return ""
-	}
-	program.Eventually(t, patience, get)
-	if err := e.client.Call(t.Context(), "POST", "/sandboxes/"+box.ID+"/pause", nil, nil); err != nil {
-		t.Fatal(err)
-	}
-	if said := get(); said != "" {
-		t.Errorf("a paused sandbox over HTTPS: %s", said)
 	}
 }
