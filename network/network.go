@@ -62,6 +62,9 @@ type Pool struct {
 	// CIDR is the range to take a block from; zero is DefaultCIDR. A block is
 	// a sixteenth of it, at most 2,048 slots.
 	CIDR netip.Prefix
+	// RefusalDir keeps what was refused to guests, over the process: a file for
+	// each slot in use, at most 2 MB. Empty keeps nothing.
+	RefusalDir string
 	// Refuse are further destinations no guest reaches.
 	Refuse []netip.Prefix
 	// Limits are those of each slot.
@@ -87,6 +90,8 @@ type Pool struct {
 	last    time.Time       // when a slot was taken
 	changed chan struct{}   // closed at the next change of a state; nil when nobody waits
 	kick    chan struct{}
+	// refusing says that there is a refusal which is in memory only.
+	refusing chan struct{}
 
 	teamTurn sync.Mutex          // one change of the teams' rules at a time
 	teams    map[cay.TeamID]team // of which the host's table knows; guarded by teamTurn
@@ -143,7 +148,9 @@ func (p *Pool) Open(ctx context.Context) error {
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p.stop, p.kick, p.open = stop, make(chan struct{}, 1), true
+	p.refusing = make(chan struct{}, 1)
 	p.done.Go(func() { p.fill(run) })
+	p.done.Go(func() { p.keepRefusals(run) })
 	p.wake()
 	return nil
 }
@@ -201,6 +208,9 @@ func (p *Pool) prepare() error {
 	for i := range found {
 		p.slots[i] = unowned
 	}
+	if err := p.prepareRefusals(found); err != nil {
+		return fail("opening the directory of refusals", err)
+	}
 	// What was removed when the earlier process ended, the host remembers yet.
 	for _, link := range open {
 		if i, err := strconv.Atoi(strings.TrimPrefix(link, p.linkPrefix())); err == nil && !found[i] {
@@ -243,8 +253,9 @@ func (p *Pool) Close() error {
 		}
 	}
 	errs = append(errs, p.forget(gone))
-	for i := range p.tenants {
+	for i, t := range p.tenants {
 		p.vacate(i)
+		p.keep(i, t)
 	}
 	if p.ears != nil {
 		p.ears.close()
@@ -285,7 +296,7 @@ func (p *Pool) Acquire(ctx context.Context, e cay.Egress) (Slot, error) {
 		return Slot{}, err
 	}
 	p.wake()
-	p.settle(index, policyOf(e))
+	p.settle(index, policyOf(e), false)
 	return p.slot(index), nil
 }
 
@@ -315,7 +326,7 @@ func (p *Pool) Adopt(_ context.Context, index int) (Slot, error) {
 	}
 	p.slots[index] = taken
 	p.mu.Unlock()
-	p.settle(index, policy{})
+	p.settle(index, policy{}, true)
 	return p.slot(index), nil
 }
 
@@ -390,7 +401,7 @@ func (p *Pool) Destroy(ctx context.Context) error {
 	}
 	errs := []error{closed}
 	for i := range found {
-		errs = append(errs, p.remove(i))
+		errs = append(errs, p.remove(i), removeFile(p.refusalFile(i)))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fail("removing the slots", err) // the firewall stays while a slot does
@@ -537,6 +548,7 @@ func (p *Pool) dispose(index int) {
 
 // finish removes a slot that the caller has put in state leaving.
 func (p *Pool) finish(index int) error {
+	p.endRefusals(index)
 	p.vacate(index)
 	err := p.remove(index)
 	if err != nil {

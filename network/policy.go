@@ -254,16 +254,27 @@ func (p *Pool) tenant(index int) (*tenant, error) {
 	return nil, fail(fmt.Sprintf("looking at slot %d", index), errors.New("it is not in use"))
 }
 
-// settle makes a tenant of a slot that somebody has now.
-func (p *Pool) settle(index int, pol policy) {
+// settle makes a tenant of a slot that somebody has now, or that an earlier
+// process gave to somebody.
+func (p *Pool) settle(index int, pol policy, adopted bool) {
 	t := &tenant{policy: pol}
+	t.log.path = p.refusalFile(index)
+	var err error
+	if adopted {
+		err = t.log.load()
+	} else {
+		err = removeFile(t.log.path)
+	}
+	if err != nil {
+		p.log().Warn("what was refused to a sandbox before is lost", "slot", index, "err", err)
+	}
 	t.ears = p.hear(index, t)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.tenants[index] = t
 }
 
-// vacate forgets the tenant of a slot.
+// vacate forgets the tenant of a slot. Its file of refusals stays.
 func (p *Pool) vacate(index int) {
 	p.mu.Lock()
 	t := p.tenants[index]

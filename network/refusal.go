@@ -25,6 +25,13 @@ const maxRefusals = 1000
 // refusalLog remembers what was refused. The same again is counted, so that a
 // guest that tries for ever fills one line. It is safe for concurrent use.
 type refusalLog struct {
+	path string // of its file; empty for none
+
+	saving sync.Mutex
+	lines  int    // of the file
+	saved  uint64 // the last one that the file has
+	ended  bool   // nothing is written any more
+
 	mu   sync.Mutex
 	seq  uint64
 	list list.List // of *cay.EgressRefusal, by Seq
@@ -38,25 +45,34 @@ type refusalKey struct {
 
 // add notes a refusal; its Seq, Last and Count are the log's to fill in.
 func (l *refusalLog) add(r cay.EgressRefusal) {
-	k := refusalKey{r.Protocol, r.Name, r.Rule, r.Destination}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.seq++
-	if e := l.at[k]; e != nil {
+	r.Seq, r.Last, r.Count = l.seq+1, r.First, 1
+	if e := l.at[keyOf(r)]; e != nil {
 		had := e.Value.(*cay.EgressRefusal)
-		had.Seq, had.Last, had.Reason = l.seq, r.First, r.Reason
-		had.Count++
-		l.list.MoveToBack(e)
-		return
+		r.First, r.Count = had.First, had.Count+1
 	}
+	l.putLocked(r)
+}
+
+func keyOf(r cay.EgressRefusal) refusalKey {
+	return refusalKey{r.Protocol, r.Name, r.Rule, r.Destination}
+}
+
+// putLocked makes a refusal, numbered already, the last one, instead of what
+// there was of the same.
+func (l *refusalLog) putLocked(r cay.EgressRefusal) {
 	if l.at == nil {
 		l.at = map[refusalKey]*list.Element{}
 	}
-	if l.list.Len() == maxRefusals {
+	k := keyOf(r)
+	if e := l.at[k]; e != nil {
+		l.list.Remove(e)
+	} else if l.list.Len() == maxRefusals {
 		old := l.list.Remove(l.list.Front()).(*cay.EgressRefusal)
-		delete(l.at, refusalKey{old.Protocol, old.Name, old.Rule, old.Destination})
+		delete(l.at, keyOf(*old))
 	}
-	r.Seq, r.Last, r.Count = l.seq, r.First, 1
+	l.seq = r.Seq
 	l.at[k] = l.list.PushBack(&r)
 }
 
@@ -83,6 +99,7 @@ func (p *Pool) Refusals(_ context.Context, index int, seq uint64) ([]cay.EgressR
 	if err != nil {
 		return nil, err
 	}
+	p.keep(index, t) // so that no number which somebody has seen is given again
 	return t.log.after(seq), nil
 }
 
@@ -92,6 +109,7 @@ func (p *Pool) Refusals(_ context.Context, index int, seq uint64) ([]cay.EgressR
 func (p *Pool) NoteRefusal(index int, r cay.EgressRefusal) {
 	if t, err := p.tenant(index); err == nil {
 		t.log.add(r)
+		p.keepSoon()
 	}
 }
 
@@ -286,6 +304,7 @@ func (p *Pool) note(t *tenant, x told) {
 	p.mu.Unlock()
 	rule, reason := p.explain(e, x)
 	t.log.add(cay.EgressRefusal{First: p.now().UTC(), Protocol: protocolName(x.protocol), Destination: x.to, Rule: rule, Reason: reason})
+	p.keepSoon()
 }
 
 // explain says which rule refused a packet, and in words why.
