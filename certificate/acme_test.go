@@ -146,14 +146,14 @@ func without(list []string, v string) (out []string) {
 	return out
 }
 
-// authority is pebble, the ACME server that Let's Encrypt tests clients with.
-type authority struct {
+// pebble is the ACME server that Let's Encrypt tests clients with.
+type pebble struct {
 	directory, roots string // of its own HTTPS
 	issued           *x509.CertPool
 	closed           func()
 }
 
-func newAuthority(t *testing.T, resolver string, httpPort, tlsPort int) *authority {
+func newPebble(t *testing.T, resolver string, httpPort, tlsPort int) *pebble {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	t.Setenv("PEBBLE_WFE_NONCEREJECT", "20")
@@ -164,7 +164,7 @@ func newAuthority(t *testing.T, resolver string, httpPort, tlsPort int) *authori
 	front := wfe.New(quiet, store, validator, issuer, []string{"pebble.letsencrypt.org"}, false, false, 1, 1)
 	srv := httptest.NewTLSServer(front.Handler())
 	t.Cleanup(srv.Close)
-	a := &authority{directory: srv.URL + wfe.DirectoryPath, roots: filepath.Join(t.TempDir(), "roots.pem"), issued: x509.NewCertPool(), closed: srv.Close}
+	a := &pebble{directory: srv.URL + wfe.DirectoryPath, roots: filepath.Join(t.TempDir(), "roots.pem"), issued: x509.NewCertPool(), closed: srv.Close}
 	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
 	if err := os.WriteFile(a.roots, root, 0o600); err != nil {
 		t.Fatal(err)
@@ -268,7 +268,7 @@ func TestWildcardByDNS(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			ns := newNameServer(t)
 			plain, secure := listenTwice(t)
-			ca := newAuthority(t, ns.addr, portOf(plain), portOf(secure))
+			ca := newPebble(t, ns.addr, portOf(plain), portOf(secure))
 			var by DNS = Update{Server: ns.addr, Key: ns.key}
 			if how == "hook" {
 				script := filepath.Join(t.TempDir(), "hook")
@@ -323,7 +323,7 @@ func TestWildcardByDNS(t *testing.T) {
 func TestOnDemand(t *testing.T) {
 	ns := newNameServer(t)
 	plain, secure := listenTwice(t)
-	ca := newAuthority(t, ns.addr, portOf(plain), portOf(secure))
+	ca := newPebble(t, ns.addr, portOf(plain), portOf(secure))
 	a := &ACME{Domain: testDomain, Directory: ca.directory, Roots: ca.roots, Dir: t.TempDir(),
 		HTTPPort: portOf(plain), TLSPort: portOf(secure), Log: testLog(t),
 		Allow: func(_ context.Context, name string) error {

@@ -2,25 +2,21 @@ package certificate
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
+	"github.com/cayhq/cay/internal/authority"
 	"github.com/cayhq/cay/internal/wholefile"
 )
 
@@ -42,8 +38,7 @@ type Authority struct {
 	Now    func() time.Time
 
 	mu   sync.Mutex
-	ca   *x509.Certificate
-	key  *ecdsa.PrivateKey
+	ca   authority.Authority
 	leaf *tls.Certificate
 }
 
@@ -59,7 +54,7 @@ func (a *Authority) Open(context.Context) error {
 	defer a.mu.Unlock()
 	err := a.load()
 	switch {
-	case errors.Is(err, fs.ErrNotExist), err == nil && !a.Now().Before(a.ca.NotAfter):
+	case errors.Is(err, fs.ErrNotExist), err == nil && !a.Now().Before(a.ca.Cert.NotAfter):
 		if err := a.make(); err != nil {
 			return fmt.Errorf("making a certificate authority in %s: %w", a.Dir, err)
 		}
@@ -71,32 +66,28 @@ func (a *Authority) Open(context.Context) error {
 }
 
 func (a *Authority) load() error {
-	pair, err := tls.LoadX509KeyPair(a.File(), a.keyFile())
+	cert, err := os.ReadFile(a.File())
 	if err != nil {
 		return err
 	}
-	ca, err := leafOf(&pair)
+	key, err := os.ReadFile(a.keyFile())
 	if err != nil {
 		return err
 	}
-	key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
-	if !ok || !ca.IsCA {
-		return fmt.Errorf("%s holds no authority with an ECDSA key", a.File())
+	ca, err := authority.Parse(cert, key)
+	if err != nil {
+		return fmt.Errorf("%s with %s: %w", a.File(), a.keyFile(), err)
 	}
-	if len(ca.PermittedDNSDomains) != 1 || ca.PermittedDNSDomains[0] != a.Domain {
-		return fmt.Errorf("%s is for %q and not for %s", a.File(), ca.PermittedDNSDomains, a.Domain)
+	if names := ca.Cert.PermittedDNSDomains; len(names) != 1 || names[0] != a.Domain {
+		return fmt.Errorf("%s is for %q and not for %s", a.File(), names, a.Domain)
 	}
-	a.ca, a.key = ca, key
+	a.ca = ca
 	return nil
 }
 
 // make writes the key before the certificate: a certificate says that both are
 // there.
 func (a *Authority) make() error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
 	now := a.Now()
 	host, err := os.Hostname()
 	if err != nil {
@@ -104,22 +95,19 @@ func (a *Authority) make() error {
 	}
 	_, all4, _ := net.ParseCIDR("0.0.0.0/0") // both parse
 	_, all6, _ := net.ParseCIDR("::/0")
-	tmpl := &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{"Cay local authority"}, CommonName: "Cay local authority for " + a.Domain + " on " + host},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(authorityLife),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true, IsCA: true, MaxPathLenZero: true,
+	a.ca, err = authority.New(x509.Certificate{
+		Subject:                     pkix.Name{Organization: []string{"Cay local authority"}, CommonName: "Cay local authority for " + a.Domain + " on " + host},
+		NotBefore:                   now.Add(-backdate),
+		NotAfter:                    now.Add(authorityLife),
+		KeyUsage:                    x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		PermittedDNSDomainsCritical: true,
 		PermittedDNSDomains:         []string{a.Domain},
 		ExcludedIPRanges:            []*net.IPNet{all4, all6},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+	})
 	if err != nil {
 		return err
 	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
+	private, err := a.ca.KeyPEM()
 	if err != nil {
 		return err
 	}
@@ -129,43 +117,35 @@ func (a *Authority) make() error {
 	if err := os.Remove(a.File()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := wholefile.Write(a.keyFile(), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600); err != nil {
+	if err := wholefile.Write(a.keyFile(), private, 0o600); err != nil {
 		return err
 	}
-	if err := wholefile.Write(a.File(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
-		return err
-	}
-	return a.load()
+	return wholefile.Write(a.File(), a.ca.CertPEM(), 0o644)
 }
 
 // issue makes a leaf for the domain and every name one below it.
 func (a *Authority) issue() error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := authority.NewKey()
 	if err != nil {
 		return err
 	}
 	now := a.Now()
-	tmpl := &x509.Certificate{
-		SerialNumber: serial(),
-		Subject:      pkix.Name{CommonName: "*." + a.Domain},
-		NotBefore:    now.Add(-backdate),
-		NotAfter:     now.Add(leafLife),
-		KeyUsage:     x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		DNSNames:     []string{a.Domain, "*." + a.Domain},
+	tmpl := x509.Certificate{
+		Subject:     pkix.Name{CommonName: "*." + a.Domain},
+		NotBefore:   now.Add(-backdate),
+		NotAfter:    now.Add(leafLife),
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		DNSNames:    []string{a.Domain, "*." + a.Domain},
 	}
-	if tmpl.NotAfter.After(a.ca.NotAfter) {
-		tmpl.NotAfter = a.ca.NotAfter
+	if end := a.ca.Cert.NotAfter; tmpl.NotAfter.After(end) {
+		tmpl.NotAfter = end
 	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.ca, &key.PublicKey, a.key)
+	leaf, err := a.ca.Issue(tmpl, &key.PublicKey)
 	if err != nil {
 		return fmt.Errorf("making a certificate for *.%s: %w", a.Domain, err)
 	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		return err
-	}
-	a.leaf = &tls.Certificate{Certificate: [][]byte{der, a.ca.Raw}, PrivateKey: key, Leaf: leaf}
+	a.leaf = &tls.Certificate{Certificate: [][]byte{leaf.Raw, a.ca.Cert.Raw}, PrivateKey: key, Leaf: leaf}
 	return nil
 }
 
@@ -183,13 +163,6 @@ func (a *Authority) Certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) 
 
 // Close implements [Source].
 func (a *Authority) Close() error { return nil }
-
-func serial() *big.Int {
-	b := make([]byte, 16)
-	rand.Read(b)
-	b[0] &= 0x7f // positive, in 16 bytes
-	return new(big.Int).SetBytes(b)
-}
 
 // fingerprint names a certificate in file names.
 func fingerprint(c *x509.Certificate) string {

@@ -51,7 +51,7 @@ func TestAuthority(t *testing.T) {
 		}
 	}
 	// Whoever trusts it trusts it with this domain alone, whatever it signs.
-	evil := &Authority{Dir: dir, Domain: "example.com", Now: clock, ca: a.ca, key: a.key}
+	evil := &Authority{Dir: dir, Domain: "example.com", Now: clock, ca: a.ca}
 	if err := evil.issue(); err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,7 @@ func TestAuthority(t *testing.T) {
 		}
 	}
 	again := newLocal(t, dir, clock)
-	if !again.ca.Equal(a.ca) {
+	if !again.ca.Cert.Equal(a.ca.Cert) {
 		t.Error("a restart makes another authority")
 	}
 	now = now.Add(leafRenew)
@@ -75,7 +75,7 @@ func TestAuthority(t *testing.T) {
 		t.Errorf("an authority for another domain: %v", err)
 	}
 	now = now.Add(authorityLife)
-	if newLocal(t, dir, clock).ca.Equal(a.ca) {
+	if newLocal(t, dir, clock).ca.Cert.Equal(a.ca.Cert) {
 		t.Error("an expired authority stays")
 	}
 	if err := os.WriteFile(a.File(), []byte("rubbish"), 0o644); err != nil {

@@ -50,10 +50,10 @@ type Server struct {
 
 	resolver resolver
 
-	mu        sync.Mutex
-	open      bool
-	guests    map[cay.ExecutionID]*guest
-	authority *authority
+	mu     sync.Mutex
+	open   bool
+	guests map[cay.ExecutionID]*guest
+	issuer *issuer
 }
 
 // Open makes the server ready for guests. It starts nothing.
@@ -104,7 +104,7 @@ func (s *Server) Attach(in Guest) error {
 		return refuse(err)
 	}
 	if len(in.Policy.Rules) > 0 {
-		if _, err := s.authorityOf(); err != nil {
+		if _, err := s.issuerOf(); err != nil {
 			return refuse(err)
 		}
 	}
@@ -132,7 +132,7 @@ func (s *Server) Update(id cay.ExecutionID, e cay.Egress) error {
 		return err
 	}
 	if len(e.Rules) > 0 {
-		if _, err := s.authorityOf(); err != nil {
+		if _, err := s.issuerOf(); err != nil {
 			return err
 		}
 	}
@@ -162,24 +162,24 @@ func (s *Server) Detach(id cay.ExecutionID) error {
 // Bundle returns, in PEM, the certificate of the authority that a guest whose
 // policy has rules must trust.
 func (s *Server) Bundle() (string, error) {
-	a, err := s.authorityOf()
+	a, err := s.issuerOf()
 	if err != nil {
 		return "", err
 	}
 	return a.bundle(), nil
 }
 
-func (s *Server) authorityOf() (*authority, error) {
+func (s *Server) issuerOf() (*issuer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.authority == nil {
-		a, err := openAuthority(s.Dir, s.now)
+	if s.issuer == nil {
+		a, err := openIssuer(s.Dir, s.now)
 		if err != nil {
 			return nil, err
 		}
-		s.authority = a
+		s.issuer = a
 	}
-	return s.authority, nil
+	return s.issuer, nil
 }
 
 func (s *Server) now() time.Time {

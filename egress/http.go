@@ -56,7 +56,7 @@ func (x *exchange) begin() bool {
 
 // serveTLS ends TLS as the name that the client means.
 func (g *guest) serveTLS(f *flow, s sniffed) {
-	a, err := g.server.authorityOf()
+	a, err := g.server.issuerOf()
 	if err != nil {
 		g.server.log().Error("a sandbox's rule cannot be applied", "sandbox", g.Sandbox, "name", s.name, "error", err)
 		reset(f.conn)

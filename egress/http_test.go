@@ -27,7 +27,7 @@ const canary = "canary-5e3c1a"
 // outside is a TLS server of the world, trusted through pool.
 func outside(t *testing.T, w *world, to string, h http.Handler, names ...string) (pool *x509.CertPool) {
 	t.Helper()
-	ca, err := openAuthority(t.TempDir(), time.Now)
+	ca, err := openIssuer(t.TempDir(), time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +46,7 @@ func outside(t *testing.T, w *world, to string, h http.Handler, names ...string)
 	t.Cleanup(srv.Close)
 	w.at(to, srv.Listener.Addr().String())
 	pool = x509.NewCertPool()
-	pool.AddCert(ca.cert)
+	pool.AddCert(ca.ca.Cert)
 	return pool
 }
 
@@ -337,14 +337,14 @@ func TestAuthority(t *testing.T) {
 	dir := t.TempDir()
 	now := time.Now()
 	clock := func() time.Time { return now }
-	a, err := openAuthority(dir, clock)
+	a, err := openIssuer(dir, clock)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if fi, err := os.Stat(filepath.Join(dir, authorityFile)); err != nil || fi.Mode() != 0o600 {
 		t.Errorf("the authority's file: %v %v", fi.Mode(), err)
 	}
-	again, err := openAuthority(dir, clock)
+	again, err := openIssuer(dir, clock)
 	if err != nil || again.bundle() != a.bundle() {
 		t.Errorf("after a restart there is another authority (%v)", err)
 	}
@@ -356,7 +356,7 @@ func TestAuthority(t *testing.T) {
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AddCert(a.cert)
+	roots.AddCert(a.ca.Cert)
 	if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "api.example.com", CurrentTime: now}); err != nil {
 		t.Error(err)
 	}
@@ -370,7 +370,7 @@ func TestAuthority(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, authorityFile), []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openAuthority(dir, clock); cay.CodeOf(err) != cay.CodeDataDirInvalid {
+	if _, err := openIssuer(dir, clock); cay.CodeOf(err) != cay.CodeDataDirInvalid {
 		t.Errorf("a damaged authority: %v", err)
 	}
 }

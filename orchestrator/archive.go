@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/ctxio"
 )
 
 var _ cay.Archives = (*Orchestrator)(nil)
@@ -206,7 +207,7 @@ func (a *archive) write(ctx context.Context, w io.Writer) error {
 		sum := newPartSum(p)
 		for _, s := range p.data {
 			sum.begin(s)
-			r := io.TeeReader(readerWithContext{ctx, io.NewSectionReader(p.file, s.offset, s.length)}, sum)
+			r := io.TeeReader(ctxio.Reader(ctx, io.NewSectionReader(p.file, s.offset, s.length)), sum)
 			if err := member(fmt.Sprintf("%s@%x", p.name, s.offset), s.length, r); err != nil {
 				return fmt.Errorf("reading %s of snapshot %s: %w", p.want.Name, a.id, err)
 			}
@@ -265,7 +266,7 @@ func (o *Orchestrator) ReceiveArchive(ctx context.Context, id cay.SnapshotID, r 
 	if err := o.snapshots.free(id); err != nil {
 		return cay.Snapshot{}, err
 	}
-	in := &archiveReader{tar: tar.NewReader(readerWithContext{ctx, r})}
+	in := &archiveReader{tar: tar.NewReader(ctxio.Reader(ctx, r))}
 	var head archiveHead
 	if err := in.document(archiveName, &head); err != nil {
 		return cay.Snapshot{}, err

@@ -314,20 +314,6 @@ func measureFile(ctx context.Context, path string) (cay.SnapshotPart, error) {
 		Digest: cay.Digest("sha256:" + hex.EncodeToString(digest.Sum(nil))), Check: check.String()}, nil
 }
 
-// readerWithContext ends a long read with its context. It hides the file's
-// WriterTo, which would not look.
-type readerWithContext struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r readerWithContext) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
-}
-
 // stamp identifies the content of a file by what the file system changes with
 // every write.
 func stamp(path string) (cay.SnapshotPart, error) {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/blob"
+	"github.com/cayhq/cay/internal/ctxio"
 )
 
 // KindEROFS is the kind of every layer of this version.
@@ -181,7 +182,7 @@ func Verify(ctx context.Context, s blob.Store, m cay.Manifest) error {
 // digestOf reads r to its end.
 func digestOf(ctx context.Context, r io.Reader) (cay.Digest, int64, error) {
 	h := sha256.New()
-	n, err := io.CopyBuffer(h, &contextReader{ctx, r}, make([]byte, 1<<20))
+	n, err := io.CopyBuffer(h, ctxio.Reader(ctx, r), make([]byte, 1<<20))
 	if err != nil {
 		return "", n, err
 	}
@@ -192,19 +193,6 @@ func digestOf(ctx context.Context, r io.Reader) (cay.Digest, int64, error) {
 func DigestBytes(b []byte) cay.Digest {
 	sum := sha256.Sum256(b)
 	return cay.Digest("sha256:" + hex.EncodeToString(sum[:]))
-}
-
-// contextReader ends a long read when its context ends.
-type contextReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r *contextReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
 }
 
 // File is a layer as a file of this machine.

@@ -25,6 +25,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/blob"
+	"github.com/cayhq/cay/internal/ctxio"
 )
 
 var (
@@ -166,7 +167,7 @@ func (s *Store) write(ctx context.Context, tmp string, k blob.Key, r io.Reader) 
 	}
 	defer f.Close()
 	w := bufio.NewWriterSize(f, 1<<20)
-	n, err := io.Copy(w, &contextReader{ctx, r})
+	n, err := io.Copy(w, ctxio.Reader(ctx, r))
 	if err == nil {
 		err = w.Flush()
 	}

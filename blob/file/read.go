@@ -162,16 +162,3 @@ func (s *Store) hostError(what string, err error) error {
 		Fix:    "check that the directory is writable for the user that runs Cay and that the disk is not full",
 		Detail: map[string]string{"dir": s.dir}, Err: err}
 }
-
-// contextReader ends a long copy when its context ends.
-type contextReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (r *contextReader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
-}

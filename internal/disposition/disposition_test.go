@@ -23,7 +23,7 @@ func mask(t *testing.T, name string) uint64 {
 }
 
 func TestThereAndBack(t *testing.T) {
-	rest := 7 << 31 &^ mask(t, "SigCgt") // Go has use for 33
+	rest := 7 << 31 &^ mask(t, "SigCgt")  // Go has use for 33
 	if err := RestoreRest(); err != nil { // `go run` has one ignored
 		t.Fatal(err)
 	}
