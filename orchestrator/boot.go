@@ -255,6 +255,9 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 		want.Instance = string(b.from.Execution) // what it was when it was saved
 		err = o.Runtime.Restore(ctx, runtime.InstanceID(rec.Execution), o.snapshots.path(b.from.ID, memoryName))
 		o.step(g, "restore", cay.LayerRuntime, began, err)
+		if err == nil {
+			o.followLoad(g)
+		}
 	} else {
 		err = o.Runtime.Start(ctx, runtime.InstanceID(rec.Execution))
 		o.step(g, "start", cay.LayerRuntime, began, err)

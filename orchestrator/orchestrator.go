@@ -63,7 +63,9 @@ type Orchestrator struct {
 	meter       meter
 	ends        ends
 	past        past
+	loads       loads
 	turn        chan struct{} // one token per boot under way
+	teams       sync.Mutex    // one change of a team's limits at a time
 
 	// life ends with Close; background work holds wg.
 	life   context.Context

@@ -90,7 +90,11 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 			o.hot[poolKey{r.Build, r.Resources}] = o.now()
 			o.mu.Unlock()
 		}
+		if r.Restored {
+			o.followLoad(g)
+		}
 		o.watch(g)
+		o.settle(g)
 	}
 	for _, g := range saves {
 		if err := o.recoverSave(ctx, g); err != nil {

@@ -429,6 +429,9 @@ func (o *Orchestrator) Snapshots(context.Context) ([]cay.Snapshot, error) {
 
 // DeleteSnapshot implements [cay.Snapshots].
 func (o *Orchestrator) DeleteSnapshot(ctx context.Context, id cay.SnapshotID) error {
+	if err := o.awaitLoads(ctx, id); err != nil {
+		return err
+	}
 	err := o.forget(ctx, id, o.Fault)
 	o.lookAtEngines()
 	return err

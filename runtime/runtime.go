@@ -152,11 +152,18 @@ type Runtime interface {
 	// Restore runs a guest from a checkpoint, in place of Start. The instance's
 	// spec must be that of the checkpointed guest; ID, RootFS, NetNS, Env,
 	// Hostname, Limits and Labels may differ. The directory is only read, so
-	// that many instances may be restored from one; it must stay until Restore
-	// has returned. A checkpoint of another version than the instance's engine is
+	// that many instances may be restored from one. When Restore returns the
+	// guest runs, and parts of its memory may not have been read yet: the
+	// directory must stay until Loaded has returned. A checkpoint of another version than the instance's engine is
 	// cay.CodeSnapshotIncompatible. A failed Restore leaves the instance for
 	// Kill.
 	Restore(ctx context.Context, id InstanceID, dir string) error
+
+	// Loaded returns when an instance has read all of the memory it is restored
+	// from, or has ended; at once, for one that was started. An error but that of
+	// the context says that some of it could not be read: the guest has seen
+	// nothing wrong, and ends as by EndEngineCrash.
+	Loaded(ctx context.Context, id InstanceID) error
 
 	// Kill ends an instance and returns when its processes are gone and its
 	// mounts, cgroups and files released. Unknown IDs and repeated calls are

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/sentry/state/checkpointfiles"
@@ -177,7 +179,64 @@ func (i *instance) restore(dir string) error {
 		return i.restoreError(err)
 	}
 	i.ask()
+	i.mu.Lock()
+	i.rec.Loading = true
+	i.mu.Unlock()
+	i.load()
 	return i.setState(runtime.Running)
+}
+
+// load begins to follow how a guest reads its memory, which it does while it
+// runs: what it wants to use comes first.
+func (i *instance) load() {
+	loaded := make(chan struct{})
+	i.mu.Lock()
+	i.loaded = loaded
+	i.mu.Unlock()
+	i.watching.Go(func() {
+		defer close(loaded)
+		_, err := i.tell(toLoad, "")
+		if err != nil && strings.Contains(err.Error(), unknownOrder) {
+			err = nil // an engine that reads everything first
+		}
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if err != nil && !i.killed {
+			i.unread = err
+			return
+		}
+		i.rec.Loading = false
+		if i.rec.Exit != nil || i.removed {
+			return
+		}
+		if err := i.rec.save(i.layout.record); err != nil {
+			i.log.Warn("that a guest has its memory could not be recorded", "err", err) // the next supervisor asks again
+		}
+	})
+}
+
+// awaitLoad is the body of [runtime.Runtime.Loaded]. It answers false after some
+// seconds.
+func (i *instance) awaitLoad(ctx context.Context) (bool, error) {
+	i.mu.Lock()
+	loaded := i.loaded
+	i.mu.Unlock()
+	if loaded != nil {
+		select {
+		case <-loaded:
+		case <-time.After(20 * time.Second):
+			return false, nil
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.unread != nil {
+		return true, &cay.Error{Code: cay.CodeEngineFailed, Layer: cay.LayerStorage,
+			Message: "the memory of instance " + string(i.rec.ID) + " could not be read to the end: " + firstLine(i.unread.Error()), Err: i.unread}
+	}
+	return true, nil
 }
 
 // restoreError says which part of a restore failed.
@@ -235,6 +294,16 @@ func (r *Runtime) Thaw(ctx context.Context, id runtime.InstanceID) error {
 // Checkpoint implements [runtime.Runtime].
 func (r *Runtime) Checkpoint(ctx context.Context, id runtime.InstanceID, dir string) error {
 	return r.post1(ctx, pathCheckpoint, id, dir)
+}
+
+// Loaded implements [runtime.Runtime].
+func (r *Runtime) Loaded(ctx context.Context, id runtime.InstanceID) error {
+	for {
+		var done bool
+		if err := r.call(ctx, http.MethodGet, withID(pathLoaded, id), nil, &done); err != nil || done {
+			return err
+		}
+	}
 }
 
 // Restore implements [runtime.Runtime].

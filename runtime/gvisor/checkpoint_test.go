@@ -2,12 +2,15 @@ package gvisor
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/sentry/state/checkpointfiles"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/runtime"
@@ -141,5 +144,57 @@ func TestCheckpointFullDisk(t *testing.T) {
 	}
 	if i := one(t, r, s.ID); i.State != runtime.Running {
 		t.Errorf("the guest is %s", i.State)
+	}
+}
+
+// TestMemoryUnreadable is a memory whose end cannot be read any more when the
+// guest is restored: either the restore fails, or the guest ends with that as the
+// reason, having seen nothing wrong.
+func TestMemoryUnreadable(t *testing.T) {
+	m, r := open(t)
+	const size = 64 << 20
+	s := m.spec(t, "check", strconv.Itoa(size))
+	begin(t, r, s)
+	says(t, r, s.ID, "checked")
+	memory := save(t, r, s.ID)
+	good := m.spec(t, "check", strconv.Itoa(size))
+	if err := errors.Join(r.Create(t.Context(), good), r.Restore(t.Context(), good.ID, memory), r.Loaded(t.Context(), good.ID)); err != nil {
+		t.Fatal(err)
+	}
+	says(t, r, good.ID, "checked")
+
+	pages := filepath.Join(memory, checkpointfiles.PagesFileName)
+	st, err := os.Stat(pages)
+	if err != nil || st.Size() < size {
+		t.Fatalf("the memory has %v, %v", st, err)
+	}
+	if err := os.Truncate(pages, st.Size()/2); err != nil {
+		t.Fatal(err)
+	}
+	bad := m.spec(t, "check", strconv.Itoa(size))
+	if err := r.Create(t.Context(), bad); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Restore(t.Context(), bad.ID, memory); err == nil {
+		if err := r.Loaded(t.Context(), bad.ID); err == nil || t.Context().Err() != nil {
+			t.Errorf("half of the memory was read: %v", err)
+		}
+		e, err := r.Wait(t.Context(), bad.ID)
+		if err != nil || e.Reason != cay.EndEngineCrash || !strings.Contains(e.Message, "memory") {
+			t.Errorf("the guest ended by %+v, %v", e, err)
+		}
+	} else {
+		t.Logf("the restore fails: %v", err)
+	}
+	lines, err := r.Console(t.Context(), bad.ID)
+	for _, l := range lines {
+		if l.Text != "checked" || err != nil {
+			t.Errorf("the guest said %q, %v", l.Text, err)
+		}
+	}
+	for _, id := range []runtime.InstanceID{s.ID, good.ID, bad.ID} {
+		if err := r.Kill(t.Context(), id); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -53,6 +53,10 @@ type instance struct {
 	// the engine has answered or cannot any more, and nil before the start.
 	guest *unix.WaitStatus
 	asked chan struct{}
+	// loaded is closed when the guest has read all of its memory, or unread says
+	// why it has not; nil of one that was not restored.
+	loaded chan struct{}
+	unread error
 }
 
 var errKilled = errors.New("the instance is being killed")
@@ -336,11 +340,14 @@ func (i *instance) watch() {
 // end records why the instance ended.
 func (i *instance) end(ws unix.WaitStatus, reaped bool) {
 	i.mu.Lock()
-	asked := i.asked
+	answers := []chan struct{}{i.asked, i.loaded}
 	i.mu.Unlock()
-	if asked != nil {
+	for _, answer := range answers {
+		if answer == nil {
+			continue
+		}
 		select {
-		case <-asked: // at once: the engine's end of the connection is closed
+		case <-answer: // at once: the engine's end of the connection is closed
 		case <-time.After(time.Second):
 		}
 	}
@@ -357,6 +364,8 @@ func (i *instance) end(ws unix.WaitStatus, reaped bool) {
 		e.Reason, e.Code, e.Message = cay.EndRequest, 137, "the instance was killed"
 	case i.bereft: // whatever became of the guest without its files
 		e.Reason, e.Message = cay.EndEngineCrash, "the engine's file server was ended by a signal"
+	case i.unread != nil && oom == 0 && (guest == nil || guest.Signal() == unix.SIGKILL):
+		e.Reason, e.Message = cay.EndEngineCrash, "the memory of the guest could not be read to the end: "+firstLine(i.unread.Error())
 	case guest != nil:
 		e.Reason, e.Code, e.Message = cay.EndGuestExit, exitCode(*guest), "PID 1 of the guest "+describe(*guest)
 	case oom > 0:
@@ -528,6 +537,9 @@ func (i *instance) adopt() bool {
 		}
 	}
 	i.watch()
+	if i.rec.Loading {
+		i.load()
+	}
 	switch i.rec.State {
 	case freezing, thawing:
 		if err := i.settle(); err != nil {

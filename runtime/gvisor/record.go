@@ -37,7 +37,9 @@ type record struct {
 	// Sandbox and NetNS are set where the engine was started before the guest
 	// was known: gVisor's ID for it, and the guest's network namespace.
 	Sandbox runtime.InstanceID `json:"sandbox,omitempty"`
-	NetNS   string             `json:"netNS,omitempty"`
+	// Loading says that the guest may still read the memory it is restored from.
+	Loading bool   `json:"loading,omitempty"`
+	NetNS   string `json:"netNS,omitempty"`
 }
 
 // sandbox is the ID that gVisor knows the instance by.

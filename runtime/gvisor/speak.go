@@ -42,7 +42,11 @@ const (
 	toFreeze     order = "freeze"
 	toThaw       order = "thaw"
 	toTell       order = "tell" // whether its tasks are stopped
+	toLoad       order = "load" // when all of its memory has been read
 )
+
+// unknownOrder is in what an engine says to an order of a later one.
+const unknownOrder = "does not know the order"
 
 // request is one order to one sandbox.
 type request struct {
@@ -62,7 +66,7 @@ type reply struct {
 	Error   string `json:"error,omitempty"`
 }
 
-// tell gives the instance's sandbox an order. i.op is held.
+// tell gives the instance's sandbox an order. i.op is held, but for toLoad.
 func (i *instance) tell(what order, dir string) (stopped bool, err error) {
 	i.mu.Lock()
 	rec := i.rec
@@ -103,13 +107,15 @@ func speak(req request) (stopped bool, err error) {
 		if req.NetNS != "" {
 			return false, restoreIn(req.NetNS, c, conf, req.Dir)
 		}
-		return false, c.Restore(conf, req.Dir, false, false, nil)
+		return false, c.Restore(conf, req.Dir, false, true, nil)
 	case toCheckpoint:
 		return false, c.Checkpoint(conf, req.Dir, sandbox.CheckpointOpts{Compression: statefile.CompressionLevelNone, Resume: true})
 	case toFreeze:
 		return false, c.Sandbox.Pause(c.ID)
 	case toThaw:
 		return false, c.Sandbox.Resume(c.ID)
+	case toLoad:
+		return false, c.Sandbox.WaitRestore()
 	case toTell:
 		stacks, err := c.Sandbox.Stacks()
 		if err != nil {
@@ -117,7 +123,7 @@ func speak(req request) (stopped bool, err error) {
 		}
 		return tasksStopped(stacks), nil
 	}
-	return false, fmt.Errorf("this engine (%s) does not know the order %q", Version(), req.Order)
+	return false, fmt.Errorf("this engine (%s) %s %q", Version(), unknownOrder, req.Order)
 }
 
 // restoreIn is the container's Restore for a sandbox that is not in the network
@@ -136,7 +142,7 @@ func restoreIn(netns string, c *container.Container, conf *config.Config, dir st
 			return // and the thread ends
 		}
 		c.Sandbox.Pid.Store(unix.Gettid())
-		err = c.Sandbox.Restore(conf, c.Spec, c.ID, dir, false, false, nil)
+		err = c.Sandbox.Restore(conf, c.Spec, c.ID, dir, false, true, nil)
 		back()
 		failed <- err
 	}()

@@ -520,6 +520,7 @@ func (s *Supervisor) handler() http.Handler {
 	each(pathThaw, "thawed", func(i *instance, _ string) error { return i.thaw() })
 	each(pathCheckpoint, "checkpointed", (*instance).checkpoint)
 	each(pathRestore, "restored", (*instance).restore)
+	mux.HandleFunc("GET "+pathLoaded, byID(func(ctx context.Context, i *instance) (any, error) { return i.awaitLoad(ctx) }))
 	mux.HandleFunc("POST "+pathKill, act(func(ctx context.Context, r *http.Request) error {
 		// A kill once asked for is carried through, whatever becomes of the asker.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), waitEnd)

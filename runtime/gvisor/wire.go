@@ -25,6 +25,7 @@ const (
 	pathThaw       = "/thaw"       // POST ?id=
 	pathCheckpoint = "/checkpoint" // POST ?id=&dir=
 	pathRestore    = "/restore"    // POST ?id=&dir=
+	pathLoaded     = "/loaded"     // GET ?id= → bool; waits a while
 	pathKill       = "/kill"       // POST ?id=
 	pathInstances  = "/instances"  // GET → []runtime.Instance
 	pathInstance   = "/instance"   // GET ?id= → runtime.Instance

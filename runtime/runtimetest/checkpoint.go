@@ -104,6 +104,15 @@ func (f *Fake) Checkpoint(ctx context.Context, id runtime.InstanceID, dir string
 	return nil
 }
 
+// Loaded implements [runtime.Runtime].
+func (f *Fake) Loaded(ctx context.Context, id runtime.InstanceID) error {
+	_, err := f.get(ctx, id)
+	if err == nil && f.OnLoaded != nil {
+		err = f.OnLoaded(ctx, id)
+	}
+	return err
+}
+
 // Restore implements [runtime.Runtime].
 func (f *Fake) Restore(ctx context.Context, id runtime.InstanceID, dir string) error {
 	g, err := f.get(ctx, id)

@@ -53,6 +53,7 @@ type Fake struct {
 	OnThaw       func(ctx context.Context, id runtime.InstanceID) error
 	OnCheckpoint func(ctx context.Context, id runtime.InstanceID, dir string) error
 	OnRestore    func(ctx context.Context, id runtime.InstanceID, dir string) error
+	OnLoaded     func(ctx context.Context, id runtime.InstanceID) error
 
 	once sync.Once
 	own  Machine

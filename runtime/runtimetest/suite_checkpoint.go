@@ -86,6 +86,11 @@ func testCheckpoint(t *testing.T, c *check) {
 		c.no(c.Runtime.Restore(c.ctx, s.ID, dir))
 		copies = append(copies, s.ID)
 	}
+	c.no(c.Runtime.Loaded(c.ctx, id)) // it was not restored
+	for n, dir := range []string{first, second} {
+		c.no(c.Runtime.Loaded(c.ctx, copies[n]))
+		c.no(os.RemoveAll(dir)) // nobody needs it any more
+	}
 	for _, cp := range copies {
 		c.ticksOn(c.Runtime, cp, at)
 		lines, err := c.Runtime.Console(c.ctx, cp)
@@ -140,6 +145,7 @@ func testCheckpointRefusals(t *testing.T, c *check) {
 		func() error { return c.Runtime.Thaw(c.ctx, "xunknown") },
 		func() error { return c.Runtime.Checkpoint(c.ctx, "xunknown", t.TempDir()) },
 		func() error { return c.Runtime.Restore(c.ctx, "xunknown", good) },
+		func() error { return c.Runtime.Loaded(c.ctx, "xunknown") },
 	} {
 		c.code(f(), cay.CodeNotFound)
 	}

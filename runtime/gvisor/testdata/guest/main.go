@@ -64,6 +64,21 @@ func main() {
 		}
 		fmt.Println("memory held", len(keep))
 		forever()
+	case "check": // fill so many bytes and look at them again and again
+		n, _ := strconv.Atoi(args[0])
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(i % 251)
+		}
+		for {
+			for i, c := range b {
+				if c != byte(i%251) {
+					fmt.Println("byte", i, "is", c)
+				}
+			}
+			fmt.Println("checked")
+			time.Sleep(20 * time.Millisecond)
+		}
 	case "fork": // so many children that live
 		n, _ := strconv.Atoi(args[0])
 		for i := range n {
