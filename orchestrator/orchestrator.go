@@ -65,7 +65,6 @@ type Orchestrator struct {
 	past        past
 	loads       loads
 	turn        chan struct{} // one token per boot under way
-	teams       sync.Mutex    // one change of a team's limits at a time
 
 	// life ends with Close; background work holds wg.
 	life   context.Context
