@@ -26,8 +26,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if file := os.Getenv(guestEnv); file != "" {
-		if err := guestMain(file); err != nil {
+	for env, main := range map[string]func(string) error{guestEnv: guestMain, pairsEnv: pairsMain} {
+		file := os.Getenv(env)
+		if file == "" {
+			continue
+		}
+		if err := main(file); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

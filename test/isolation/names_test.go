@@ -2,6 +2,7 @@ package isolation
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -90,7 +91,8 @@ func worldTLS(t *testing.T) (config *tls.Config, bundle string) {
 
 // A secret that a rule uses arrives outside, over TLS that the guest's programs
 // trust, and is nowhere else: not in the guest's memory, files and environment,
-// not in the data directory with its database, logs and snapshots.
+// not in the data directory with its database, logs and snapshots, not in an
+// exported snapshot, a process's environment or what commands and the API tell.
 func TestEgressSecrets(t *testing.T) {
 	secure := newSecureWeb(t)
 	dns := netip.MustParseAddr("9.9.9.9")
@@ -198,6 +200,17 @@ func TestEgressSecrets(t *testing.T) {
 		t.Fatal(err)
 	}
 	ask("resumed, with a new value", s, second)
+	for _, said := range told(t, server, c, s.ID) {
+		if strings.Contains(said.text, canary) {
+			t.Errorf("%s has the secret", said.by)
+		}
+	}
+	if got := exported(t, server, s.ID, canary, decoy); got[canary] != 0 || got[decoy] == 0 {
+		t.Errorf("an exported snapshot has the secret %d times, and what a process of the guest has %d times", got[canary], got[decoy])
+	}
+	if got := environments(t, canary, server.Dir); got[canary] != 0 || got[server.Dir] == 0 {
+		t.Errorf("the environments and command lines of the machine's processes have the secret %d times, and the data directory %d times", got[canary], got[server.Dir])
+	}
 	if err := c.Call(t.Context(), http.MethodDelete, "/secrets/api-key", nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -284,6 +297,86 @@ func guestMemory(t *testing.T, server *program.Server, id string, texts ...strin
 				t.Fatal(err)
 			}
 			out[text] += n
+		}
+	}
+	return out
+}
+
+// statement is what somebody was told, and by what.
+type statement struct{ by, text string }
+
+// told asks for everything that the command line and the API tell of a sandbox
+// and of secrets.
+func told(t *testing.T, server *program.Server, c *program.Client, id string) (out []statement) {
+	t.Helper()
+	for _, args := range [][]string{{"sandbox", "explain", id}, {"sandbox", "inspect", id, "-o", "json"}, {"sandbox", "info", id, "-o", "json"},
+		{"sandbox", "network", "show", id}, {"sandbox", "logs", id}, {"egress", "log", id, "-o", "json"}, {"secret", "list", "-o", "json"}, {"status"}} {
+		r := server.Run(args...)
+		if r.Code != 0 || r.Stdout == "" && args[0] != "egress" {
+			t.Errorf("cay %q: %s", args, r)
+		}
+		out = append(out, statement{fmt.Sprintf("cay %q", args), r.Stdout + r.Stderr})
+	}
+	for _, path := range []string{"/sandboxes/" + id, "/v2/sandboxes", "/secrets", "/secrets/api-key", "/sandboxes/" + id + "/metrics", "/v2/sandboxes/" + id + "/logs",
+		"/operator/v1/sandboxes/" + id} {
+		var answer any
+		if err := c.Call(t.Context(), http.MethodGet, path, nil, &answer); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+		out = append(out, statement{path, fmt.Sprint(answer)})
+	}
+	return out
+}
+
+// exported counts how often texts are in the archive of a snapshot of a sandbox,
+// its memory and disk included.
+func exported(t *testing.T, server *program.Server, id string, texts ...string) map[string]int {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "archive")
+	for _, args := range [][]string{{"sandbox", "snapshot", id, "--name", "searched"}, {"snapshot", "export", "searched", file}, {"snapshot", "delete", "searched"}} {
+		if r := server.Run(args...); r.Code != 0 {
+			t.Fatalf("cay %q: %s", args, r)
+		}
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	plain, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(plain) // some megabytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]int{}
+	for _, text := range texts {
+		out[text] = bytes.Count(b, []byte(text))
+	}
+	return out
+}
+
+// environments counts how often texts are in the environments and command lines
+// of the machine's processes.
+func environments(t *testing.T, texts ...string) map[string]int {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]int{}
+	for _, file := range files {
+		if base := filepath.Base(file); base != "environ" && base != "cmdline" {
+			continue
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // of a process that has ended
+		}
+		for _, text := range texts {
+			out[text] += bytes.Count(b, []byte(text))
 		}
 	}
 	return out
