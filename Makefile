@@ -10,14 +10,15 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.cache/node/node_modules/node/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 # One static binary: gVisor starts itself again from it in an empty root.
 export CGO_ENABLED := 0
-# We stamp the commit ourselves; git refuses a tree that another user owns.
-export GOFLAGS := -buildvcs=false $(GOFLAGS)
+# We stamp the commit ourselves; git refuses a tree that another user owns. One
+# set of flags for all: what was compiled for the binaries serves vet, linters
+# and tests too.
+export GOFLAGS := -buildvcs=false -trimpath $(GOFLAGS)
 
 VERSION ?= $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//' | grep . || echo 0.1.0-dev)
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 # The engine's version is a constant of runtime/gvisor, so that every build has it.
 LDFLAGS = -s -w -X github.com/cayhq/cay.Version=$(VERSION) -X github.com/cayhq/cay.Commit=$(COMMIT)
-GO_BUILD = go build -trimpath
 
 ##@ Build
 
@@ -25,7 +26,7 @@ GO_BUILD = go build -trimpath
 build: deps guest engine ## build bin/cay and bin/envd
 	@mkdir -p bin
 	@cp -p cmd/cay/guest/envd bin/envd
-	@$(GO_BUILD) -ldflags '$(LDFLAGS)' -o bin/cay ./cmd/cay
+	@go build -ldflags '$(LDFLAGS)' -o bin/cay ./cmd/cay
 	@echo "built bin/cay $(VERSION) ($(COMMIT)): $$(du -m --apparent-size bin/cay | cut -f1) MiB"
 
 # The binaries inside every sandbox are part of the cay binary. Their content
@@ -34,8 +35,8 @@ build: deps guest engine ## build bin/cay and bin/envd
 # address by chance would touch more of them (envd/DESIGN.md, Memory).
 .PHONY: guest
 guest:
-	@GOEXPERIMENT=norandomizedheapbase64 $(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/envd ./cmd/envd
-	@$(GO_BUILD) -ldflags '-s -w' -o cmd/cay/guest/init ./cmd/init
+	@GOEXPERIMENT=norandomizedheapbase64 go build -ldflags '-s -w' -o cmd/cay/guest/envd ./cmd/envd
+	@go build -ldflags '-s -w' -o cmd/cay/guest/init ./cmd/init
 
 # The program that sandboxes are processes of, packed. It is compressed only
 # when it has changed, for that takes longer than to build it.
@@ -43,8 +44,8 @@ guest:
 engine:
 	@mkdir -p bin
 	@[ -e bin/engine ] || echo "building: the first time compiles gVisor, which takes some minutes"
-	@$(GO_BUILD) -ldflags '-s -w' -o cmd/engine/gofer/gofer ./cmd/gofer
-	@$(GO_BUILD) -ldflags '-s -w' -o bin/engine ./cmd/engine
+	@go build -ldflags '-s -w' -o cmd/engine/gofer/gofer ./cmd/gofer
+	@go build -ldflags '-s -w' -o bin/engine ./cmd/engine
 	@sum=$$(sha256sum <bin/engine); \
 	if [ ! -e cmd/cay/guest/engine.gz ] || [ "$$sum" != "$$(cat bin/engine.sum 2>/dev/null)" ]; then \
 		gzip -6 -n -c bin/engine >cmd/cay/guest/engine.gz.new; \
@@ -56,14 +57,14 @@ engine:
 build-arm64: export GOARCH := arm64
 build-arm64: deps ## build bin/linux-arm64/cay and envd
 	@mkdir -p bin/linux-arm64
-	@GOEXPERIMENT=norandomizedheapbase64 $(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
-	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/init ./cmd/init
-	@$(GO_BUILD) -ldflags '-s -w' -o bin/linux-arm64/gofer ./cmd/gofer
+	@GOEXPERIMENT=norandomizedheapbase64 go build -ldflags '-s -w' -o bin/linux-arm64/envd ./cmd/envd
+	@go build -ldflags '-s -w' -o bin/linux-arm64/init ./cmd/init
+	@go build -ldflags '-s -w' -o bin/linux-arm64/gofer ./cmd/gofer
 	@printf '{"Replace":{"cmd/engine/gofer/gofer":"bin/linux-arm64/gofer"}}' >bin/linux-arm64/overlay.json
-	@$(GO_BUILD) -overlay bin/linux-arm64/overlay.json -ldflags '-s -w' -o bin/linux-arm64/engine ./cmd/engine
+	@go build -overlay bin/linux-arm64/overlay.json -ldflags '-s -w' -o bin/linux-arm64/engine ./cmd/engine
 	@gzip -6 -n -f bin/linux-arm64/engine
 	@printf '{"Replace":{"cmd/cay/guest/envd":"bin/linux-arm64/envd","cmd/cay/guest/init":"bin/linux-arm64/init","cmd/cay/guest/engine.gz":"bin/linux-arm64/engine.gz"}}' >bin/linux-arm64/overlay.json
-	@$(GO_BUILD) -overlay bin/linux-arm64/overlay.json -ldflags '$(LDFLAGS)' -o bin/linux-arm64/cay ./cmd/cay
+	@go build -overlay bin/linux-arm64/overlay.json -ldflags '$(LDFLAGS)' -o bin/linux-arm64/cay ./cmd/cay
 	@rm bin/linux-arm64/overlay.json
 	@echo "built bin/linux-arm64/cay $(VERSION) ($(COMMIT))"
 
@@ -106,7 +107,7 @@ lint: deps .cache/golangci-lint ## the linters of .golangci.yml
 .cache/golangci-lint: tools/golangci-lint/go.mod tools/golangci-lint/go.sum
 	@echo "building golangci-lint: once, a few minutes"
 	@mkdir -p .cache
-	@go build -C tools/golangci-lint -trimpath -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@go build -C tools/golangci-lint -ldflags '-s -w' -o ../../.cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
 
 .PHONY: bench
