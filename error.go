@@ -61,6 +61,7 @@ const (
 	CodeInitFailed           Code = "init_failed"
 	CodeEnvdUnreachable      Code = "envd_unreachable"
 	CodeEnvdInit             Code = "envd_init_failed"
+	CodeEnvdUpgrade          Code = "envd_upgrade_failed"
 	CodeGuestUnresponsive    Code = "guest_unresponsive"
 	CodeGuestProbe           Code = "guest_probe_failed"
 	CodeCheckpointFailed     Code = "checkpoint_failed"
@@ -118,6 +119,7 @@ var Codes = []CodeInfo{
 	{CodeInitFailed, http.StatusInternalServerError, false, "PID 1 of the guest ended or did not come up."},
 	{CodeEnvdUnreachable, http.StatusInternalServerError, true, "envd did not answer; the message names the stage that was reached."},
 	{CodeEnvdInit, http.StatusInternalServerError, true, "envd refused its configuration."},
+	{CodeEnvdUpgrade, http.StatusConflict, true, "envd was not replaced; the one before it runs on."},
 	{CodeGuestUnresponsive, http.StatusServiceUnavailable, true, "The daemon in the guest does not answer, and what was asked for needs it; the sandbox runs on."},
 	{CodeGuestProbe, http.StatusInternalServerError, false, "The guest is up but a command in it fails."},
 	{CodeCheckpointFailed, http.StatusInternalServerError, true, "The guest's memory could not be saved; the sandbox runs on."},

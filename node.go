@@ -65,6 +65,25 @@ type Node interface {
 	Info(ctx context.Context) (NodeInfo, error)
 }
 
+// EnvdUpgrader is what a machine may offer beside [Node]: to give a sandbox that
+// runs the envd of this version of Cay.
+type EnvdUpgrader interface {
+	// UpgradeEnvd replaces the envd of a sandbox, whose processes go on, and
+	// returns when the other one answers. After an error the one before runs
+	// on, or what runs is found out: Get tells. What it is given already is no
+	// error. Unknown sandboxes are CodeSandboxNotFound, one with another
+	// operation under way is CodeSandboxTransition.
+	UpgradeEnvd(ctx context.Context, id SandboxID) (EnvdUpgrade, error)
+}
+
+// EnvdUpgrade tells what became of a sandbox's envd.
+type EnvdUpgrade struct {
+	Changed              bool
+	FromVersion, Version string
+	FromDigest, Digest   Digest
+	Took                 time.Duration
+}
+
 // SandboxEnd tells that a sandbox has ended, and why.
 type SandboxEnd struct {
 	ID          SandboxID

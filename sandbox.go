@@ -145,8 +145,12 @@ type NodeSandbox struct {
 	StartedAt   time.Time    `json:"startedAt"`
 	Deadline    time.Time    `json:"deadline"`
 	EnvdVersion string       `json:"envdVersion"`
-	Egress      Egress       `json:"egress"`  // without the proxy's password
-	Adopted     bool         `json:"adopted"` // survived a restart of the server
+	// Envd is the envd that it has, if that is known. EnvdOutdated tells that the
+	// node has another one for it ([EnvdUpgrader]).
+	Envd         Digest `json:"envd,omitempty"`
+	EnvdOutdated bool   `json:"envdOutdated,omitempty"`
+	Egress       Egress `json:"egress"`  // without the proxy's password
+	Adopted      bool   `json:"adopted"` // survived a restart of the server
 	// Restored tells that its memory is that of a snapshot. Degraded says why
 	// not, if that was wished for.
 	Restored bool          `json:"restored,omitempty"`

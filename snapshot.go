@@ -44,6 +44,11 @@ type Snapshot struct {
 	Resources Resources   `json:"resources"`
 	// EnvdVersion is that of the envd in the memory.
 	EnvdVersion string `json:"envdVersion"`
+	// Envd is the envd in the memory, and on the disk; empty: that of the build.
+	// EnvdOther is one that may be there in its place, for a replacement of it
+	// was under way.
+	Envd      Digest `json:"envd,omitempty"`
+	EnvdOther Digest `json:"envdOther,omitempty"`
 	// Parent is the snapshot the sandbox was made from, if any. A snapshot is
 	// whole without its parent.
 	Parent SnapshotID `json:"parent,omitempty"`

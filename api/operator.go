@@ -3,6 +3,7 @@ package api
 import (
 	"cmp"
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -98,6 +99,46 @@ func (s operatorHandlers) KillSandbox(ctx context.Context, r operator.KillSandbo
 		return nil, err
 	}
 	return operator.KillSandbox204Response{}, nil
+}
+
+// UpgradeSandbox implements the generated interface.
+func (s operatorHandlers) UpgradeSandbox(ctx context.Context, r operator.UpgradeSandboxRequestObject) (operator.UpgradeSandboxResponseObject, error) {
+	rec, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	node, ok := s.Node.(cay.EnvdUpgrader)
+	switch {
+	case !ok:
+		return nil, absent("replacing envd", "use a node that can")
+	case rec.State == cay.StatePaused:
+		return nil, &cay.Error{Code: cay.CodeConflict, Layer: cay.LayerAPI,
+			Message: "sandbox '" + string(rec.ID) + "' is paused, with the envd in its memory", Fix: "resume it, and try again"}
+	}
+	u, err := node.UpgradeEnvd(ctx, rec.ID)
+	if err != nil {
+		return nil, err
+	}
+	s.life.noteEnvd(ctx, rec.ID, u.Version)
+	return operator.UpgradeSandbox200JSONResponse{SandboxID: string(rec.ID), Changed: u.Changed, FromVersion: u.FromVersion, FromDigest: string(u.FromDigest),
+		Version: u.Version, Digest: string(u.Digest), TookMs: u.Took.Seconds() * 1000}, nil
+}
+
+// noteEnvd records the version of the envd that a sandbox got while it ran: its
+// clients go by that. What cannot be recorded is known again after a resume.
+func (l *life) noteEnvd(ctx context.Context, id cay.SandboxID, version string) {
+	ctx, stop := detached(ctx, recordTimeout)
+	defer stop()
+	_, err := l.update(ctx, id, func(s *store.Sandbox) error {
+		if s.State == cay.StateEnded || s.EnvdVersion == version {
+			return errNotMoved
+		}
+		s.EnvdVersion = version
+		return nil
+	})
+	if err != nil && !errors.Is(err, errNotMoved) {
+		l.log.Error("recording the envd of a sandbox", "sandbox", id, "error", err)
+	}
 }
 
 // TraceSandbox implements the generated interface.
@@ -266,7 +307,7 @@ func (s operatorHandlers) VerifySnapshot(ctx context.Context, r operator.VerifyS
 func onNode(n cay.NodeSandbox) *operator.NodeSandbox {
 	h := n.Host
 	return &operator.NodeSandbox{ExecutionID: string(n.ExecutionID), State: operator.SandboxState(n.State), StartedAt: n.StartedAt,
-		EndAt: n.Deadline, EnvdVersion: n.EnvdVersion, Adopted: n.Adopted, Restored: n.Restored, Degraded: n.Degraded,
+		EndAt: n.Deadline, EnvdVersion: n.EnvdVersion, EnvdDigest: string(n.Envd), EnvdOutdated: n.EnvdOutdated, Adopted: n.Adopted, Restored: n.Restored, Degraded: n.Degraded,
 		Host: operator.SandboxOnHost{Runtime: h.Runtime, RuntimeVersion: h.RuntimeVersion, Container: h.Container, Pid: h.PID,
 			Address: h.Address, Netns: h.NetNS, Rootfs: h.RootFS, DiskImage: h.DiskImage}}
 }

@@ -125,8 +125,8 @@ func (o *Orchestrator) boot(ctx context.Context, b boot) (*guest, error) {
 	}
 	g := &guest{exited: make(chan struct{}), left: make(chan struct{}), gone: make(chan struct{}), rec: record{
 		Format: recordFormat, Execution: cay.NewExecutionID(), Build: b.manifest.Build,
-		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(),
-		EnvdVersion: b.manifest.EnvdVersion, Engine: o.engine}}
+		Resources: b.res, BootedAt: queued, Slot: -1, ControlToken: newToken(), Engine: o.engine}}
+	g.rec.has(b.manifest, b.from)
 	g.op = b.op()
 	if b.from != nil {
 		g.rec.From, g.rec.Restored = b.from.ID, b.from.memory
@@ -250,7 +250,7 @@ func (o *Orchestrator) bootSteps(ctx context.Context, g *guest, b boot) error {
 	}
 	began = o.now()
 	o.Fault.Pass(op, "start.before")
-	want := GuestIdentity{Build: b.manifest.Build, Instance: string(rec.Execution), EnvdDigest: b.manifest.Envd}
+	want := GuestIdentity{Build: b.manifest.Build, Instance: string(rec.Execution)}
 	if b.from != nil && b.from.memory {
 		want.Instance = string(b.from.Execution) // what it was when it was saved
 		err = o.Runtime.Restore(ctx, runtime.InstanceID(rec.Execution), o.snapshots.path(b.from.ID, memoryName))
@@ -398,17 +398,21 @@ func (o *Orchestrator) notReady(ctx context.Context, g *guest, at stage, last er
 		Detail:  o.consoleDetail(context.WithoutCancel(ctx), g), Err: last}
 }
 
-// checkIdentity compares what booted with what was asked for.
+// checkIdentity compares what booted with what was asked for, and with the envd
+// that it is to have.
 func (o *Orchestrator) checkIdentity(g *guest, id, want GuestIdentity) error {
-	if id.Build != want.Build || id.Instance != want.Instance || (want.EnvdDigest != "" && id.EnvdDigest != want.EnvdDigest) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if id.Build != want.Build || id.Instance != want.Instance || !g.rec.may(id.EnvdDigest) {
 		return &cay.Error{Code: cay.CodeRootfsMismatch, Layer: cay.LayerTemplate,
 			Message: fmt.Sprintf("the guest that answered is not the one asked for: want build %s with envd %s, got build %s with envd %s",
-				want.Build, want.EnvdDigest, id.Build, id.EnvdDigest),
+				want.Build, g.rec.Envd, id.Build, id.EnvdDigest),
 			Fix: "run `cay template refresh` to rebuild the template's agent layer"}
 	}
-	o.mu.Lock()
+	if id.EnvdDigest != "" && id.EnvdDigest == g.rec.EnvdOther {
+		g.rec.Envd, g.rec.EnvdOther = g.rec.EnvdOther, g.rec.Envd
+	}
 	g.rec.EnvdVersion = id.EnvdVersion
-	o.mu.Unlock()
 	return nil
 }
 

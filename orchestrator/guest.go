@@ -36,6 +36,9 @@ type Guest interface {
 	Trust(ctx context.Context, a GuestAddr, bundle string) error
 	// Sync makes the guest write back its file systems.
 	Sync(ctx context.Context, a GuestAddr) error
+	// Upgrade gives the guest another envd, which takes the place of the one that
+	// runs after the return. After a refusal nothing is changed.
+	Upgrade(ctx context.Context, a GuestAddr, program []byte, digest cay.Digest) error
 }
 
 // GuestAddr says where a guest's control listener is, and its token.
@@ -50,6 +53,10 @@ type GuestIdentity struct {
 	Instance    string      `json:"instance"`
 	EnvdVersion string      `json:"envdVersion"`
 	EnvdDigest  cay.Digest  `json:"envdDigest"`
+	// PID tells one envd of the guest from the next; 0 from earlier builds.
+	PID int `json:"pid"`
+	// Replacing: it makes room for another.
+	Replacing bool `json:"replacing"`
 }
 
 // GuestConfig is the body of envd's init call.
@@ -97,16 +104,25 @@ func (g *httpGuest) do(ctx context.Context, a GuestAddr, method, path string, bo
 		}
 		rd = bytes.NewReader(b)
 	}
-	u := "http://" + net.JoinHostPort(a.Addr.String(), strconv.Itoa(controlPort)) + path
-	req, err := http.NewRequestWithContext(ctx, method, u, rd)
+	req, err := newGuestRequest(ctx, a, method, path, rd)
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set(controlHeader, a.Token.Reveal())
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
 	return g.client.Do(req)
+}
+
+// newGuestRequest returns a request to a guest, with its token.
+func newGuestRequest(ctx context.Context, a GuestAddr, method, path string, body io.Reader) (*http.Request, error) {
+	u := "http://" + net.JoinHostPort(a.Addr.String(), strconv.Itoa(controlPort)) + path
+	req, err := http.NewRequestWithContext(ctx, method, u, body)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(controlHeader, a.Token.Reveal())
+	return req, nil
 }
 
 // maxGuestAnswer bounds what is read of a guest's answer: the guest is hostile.
@@ -153,12 +169,35 @@ func (g *httpGuest) Sync(ctx context.Context, a GuestAddr) error {
 	return g.post(ctx, a, "/collapse", nil)
 }
 
+// digestHeader carries the digest of an envd that is sent.
+const digestHeader = "X-Cay-Envd-Digest"
+
+// Upgrade implements [Guest].
+func (g *httpGuest) Upgrade(ctx context.Context, a GuestAddr, program []byte, digest cay.Digest) error {
+	req, err := newGuestRequest(ctx, a, http.MethodPost, "/upgrade", bytes.NewReader(program))
+	if err != nil {
+		return err
+	}
+	req.Header.Set(digestHeader, string(digest))
+	resp, err := g.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	return accepted(resp)
+}
+
 func (g *httpGuest) post(ctx context.Context, a GuestAddr, path string, body any) error {
 	resp, err := g.do(ctx, a, http.MethodPost, path, body)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
+	return accepted(resp)
+}
+
+// accepted is the refusal in an answer, or nil.
+func accepted(resp *http.Response) error {
 	if resp.StatusCode/100 == 2 {
 		return nil
 	}

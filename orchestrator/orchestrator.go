@@ -36,6 +36,7 @@ type Orchestrator struct {
 	Streams Streams // may be nil
 	Names   Names   // nil: policies with names are refused
 	Guest   Guest   // nil is HTTP to the guest's control port
+	Envd    Agent   // what [Orchestrator.UpgradeEnvd] gives to guests
 
 	// PoolSize is how many guests are kept booted ahead per hot build.
 	PoolSize int
@@ -98,6 +99,10 @@ type guest struct {
 	exit    runtime.Exit
 	left    chan struct{} // closed when nobody reaches it any more
 	gone    chan struct{} // closed when no process of it runs any more
+
+	// Guarded by Orchestrator.mu: envd is being replaced; it is being found out
+	// which envd there is.
+	upgrading, settling bool
 }
 
 const (
@@ -355,6 +360,7 @@ func (o *Orchestrator) place(ctx context.Context, c cay.SandboxConfig) (*guest, 
 		o.end(g, cay.EndStartFailed, err.Error())
 		return nil, err
 	}
+	o.settle(g)
 	o.log().Info("sandbox runs", "sandbox", c.ID, "execution", g.rec.Execution, "took", o.now().Sub(begin))
 	return g, nil
 }
@@ -544,7 +550,7 @@ func (o *Orchestrator) List(context.Context) ([]cay.NodeSandbox, error) {
 // view must be called with mu held.
 func (o *Orchestrator) view(g *guest) cay.NodeSandbox {
 	r := g.rec
-	return cay.NodeSandbox{ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
+	return cay.NodeSandbox{Envd: r.Envd, EnvdOutdated: o.Envd.Digest != "" && r.Envd != o.Envd.Digest, ID: r.Sandbox, ExecutionID: r.Execution, TeamID: r.Team, Template: r.Template,
 		Build: r.Build, Resources: r.Resources, State: cay.StateRunning, StartedAt: r.StartedAt, Deadline: r.Deadline,
 		EnvdVersion: r.EnvdVersion, Egress: r.seenEgress(), Adopted: g.adopted, Restored: r.Restored, Degraded: r.Degraded,
 		Host: cay.SandboxOnHost{Runtime: o.runtimeName, RuntimeVersion: r.Engine.Version, Container: string(r.Execution), Address: r.Addr,

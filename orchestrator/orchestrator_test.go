@@ -51,6 +51,8 @@ type world struct {
 	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
 	bootTime time.Duration
+
+	brokenEnvd bool // another envd ends at once
 }
 
 type instance struct {
@@ -61,8 +63,16 @@ type instance struct {
 	memory memory
 }
 
-// memory is what a guest's envd remembers, and a checkpoint keeps.
-type memory struct{ Token, Instance string }
+// memory is what a guest's envd remembers, and a checkpoint keeps. Life counts
+// the envds it has had; the first is oldEnvd.
+type memory struct {
+	Token, Instance string
+	Envd            cay.Digest
+	Life            int
+}
+
+// oldEnvd is the envd of the build, newEnvd the one of this version of Cay.
+const oldEnvd, newEnvd = cay.Digest("sha256:e"), cay.Digest("sha256:f")
 
 func newWorld() *world {
 	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, policies: map[int]cay.Egress{}, refusals: map[int][]cay.EgressRefusal{}, disks: map[string]bool{},
@@ -131,7 +141,7 @@ func (e engine) Create(ctx context.Context, s runtime.Spec) error {
 	in := &instance{spec: s, state: runtime.Created, ended: make(chan struct{})}
 	for _, kv := range s.Env {
 		if v, ok := strings.CutPrefix(kv, "CAY_CONTROL_TOKEN="); ok {
-			in.memory = memory{Token: v, Instance: string(s.ID)}
+			in.memory = memory{Token: v, Instance: string(s.ID), Envd: oldEnvd, Life: 1}
 		}
 	}
 	e.instances[s.ID] = in
@@ -421,7 +431,7 @@ func (g inside) Identity(ctx context.Context, a orchestrator.GuestAddr) (orchest
 		if b == "" {
 			b = cay.BuildID(in.spec.Labels["build"])
 		}
-		return orchestrator.GuestIdentity{Build: b, Instance: in.memory.Instance, EnvdVersion: "0.6.13", EnvdDigest: "sha256:e"}, nil
+		return orchestrator.GuestIdentity{Build: b, Instance: in.memory.Instance, EnvdVersion: "0.6.13", EnvdDigest: in.memory.Envd, PID: 10 + in.memory.Life}, nil
 	}
 	return orchestrator.GuestIdentity{}, errors.New("no guest has this token")
 }
@@ -435,7 +445,7 @@ func (g inside) Init(_ context.Context, a orchestrator.GuestAddr, c orchestrator
 	if in == nil || in.memory.Token != a.Token.Reveal() {
 		return errors.New("the control token is wrong")
 	}
-	in.memory = memory{Token: c.ControlToken, Instance: c.Instance}
+	in.memory.Token, in.memory.Instance = c.ControlToken, c.Instance
 	g.inits = append(g.inits, c)
 	return nil
 }
@@ -448,6 +458,30 @@ func (g inside) Trust(_ context.Context, a orchestrator.GuestAddr, bundle string
 	defer g.mu.Unlock()
 	g.trusted = append(g.trusted, bundle)
 	return nil
+}
+
+// Upgrade gives a guest another envd: at once, or as g.upgrading says.
+func (g inside) Upgrade(_ context.Context, a orchestrator.GuestAddr, program []byte, digest cay.Digest) error {
+	if err := g.err("upgrade"); err != nil {
+		return err
+	}
+	if string(program) != "program of "+string(digest) {
+		return fmt.Errorf("%s is not %q", digest, program)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, in := range g.instances {
+		if in.memory.Token == a.Token.Reveal() && in.state == runtime.Running {
+			in.memory.Life++
+			if g.brokenEnvd {
+				in.memory.Life++ // and the one before is back
+				return nil
+			}
+			in.memory.Envd = digest
+			return nil
+		}
+	}
+	return errors.New("no guest has this token")
 }
 
 func (g inside) Sync(context.Context, orchestrator.GuestAddr) error { return g.err("sync") }
@@ -476,7 +510,8 @@ func node(w *world, dir string, pool int) *orchestrator.Orchestrator {
 	w.mu.Unlock()
 	return &orchestrator.Orchestrator{Node: "n1", Dir: dir, SnapshotDir: dir + ".snapshots", Runtime: engine{w}, Slots: slots{w}, Disks: disks{w},
 		Builds: builds{}, Catalog: table{w}, Streams: streams{w}, Guest: inside{w}, PoolSize: pool, MaxSandboxes: 5,
-		StartTimeout: 10 * time.Second}
+		StartTimeout: 10 * time.Second, Envd: orchestrator.Agent{Version: "0.6.14", Digest: newEnvd,
+			Program: func() ([]byte, error) { return []byte("program of " + newEnvd), nil }}}
 }
 
 func open(t *testing.T, w *world, pool int) (*orchestrator.Orchestrator, string) {

@@ -94,6 +94,7 @@ func (o *Orchestrator) reconcile(ctx context.Context) error {
 			o.followLoad(g)
 		}
 		o.watch(g)
+		o.settle(g)
 	}
 	for _, g := range saves {
 		if err := o.recoverSave(ctx, g); err != nil {

@@ -62,6 +62,11 @@ type record struct {
 	ControlToken string          `json:"controlToken"`
 	EnvdVersion  string          `json:"envdVersion,omitempty"`
 	Steps        []cay.StartStep `json:"steps,omitempty"`
+	// Envd is the envd that it has; empty in records of versions that did not
+	// keep it. EnvdOther is one that it may have instead, while that is not
+	// known.
+	Envd      cay.Digest `json:"envd,omitempty"`
+	EnvdOther cay.Digest `json:"envdOther,omitempty"`
 	// Engine is the one that runs it.
 	Engine runtime.Engine `json:"engine,omitzero"`
 	// From is the snapshot it was made from, Restored that its memory came from

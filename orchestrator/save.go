@@ -186,7 +186,7 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 		frozen = o.now().Sub(stopped)
 	}
 	m = cay.Snapshot{Format: cay.SnapshotFormat, ID: q.Snapshot, CreatedAt: stopped, Sandbox: rec.Sandbox, Execution: rec.Execution,
-		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion,
+		Team: rec.Team, Template: rec.Template, Build: rec.Build, Resources: rec.Resources, EnvdVersion: rec.EnvdVersion, Envd: rec.Envd, EnvdOther: rec.EnvdOther,
 		Parent: rec.From, Runtime: o.runtimeName, RuntimeVersion: rec.Engine.Version, Engine: rec.Engine.Program}
 	err = timed("digest", cay.LayerStorage, func() error {
 		var read errgroup.Group

@@ -246,6 +246,9 @@ func (s *server) open(ctx context.Context) (err error) {
 	s.proxy = &proxy.Server{Domain: s.cfg.Domain, MaxConns: s.cfg.MaxConns, MaxPerClient: s.cfg.MaxPerClient,
 		Log: s.log.With("part", "proxy")}
 	s.host = newHost(s.dir, s.cfg, s.log, s.proxy)
+	if s.host.orch.Envd, err = envdForGuests(); err != nil {
+		return err
+	}
 	s.proxy.Catalog = s.host.orch.Catalog
 	s.proxy.ResolveSignature = signatures{seed: cay.Secret(s.creds.Seed), list: s.host.orch.List}.resolve
 	if s.store, err = openStore(ctx, s.dir); err != nil {

@@ -54,7 +54,8 @@ type fakeServer struct {
 	network  *api.SandboxNetworkConfig
 	internet *bool
 	// broken makes every call of the API fail as a defect does.
-	broken bool
+	broken   bool
+	upgraded bool // the guarded sandbox has the server's envd
 }
 
 func newFakeServer() *fakeServer {
@@ -240,7 +241,7 @@ func (f *fakeServer) apiHandler() http.Handler {
 			CreatedAt: fakeNow.Add(-time.Minute), EndAt: fakeNow.Add(time.Minute)}
 		switch id {
 		case guarded:
-			reply(w, 200, operator.SandboxInspection{Record: rec, Node: &operator.NodeSandbox{ExecutionID: "x1", State: "running", Adopted: true, EnvdVersion: "0.6.13",
+			reply(w, 200, operator.SandboxInspection{Record: rec, Node: &operator.NodeSandbox{ExecutionID: "x1", State: "running", Adopted: true, EnvdVersion: "0.6.13", EnvdDigest: "sha256:0123456789abcdef", EnvdOutdated: true,
 				Host: operator.SandboxOnHost{Runtime: "gvisor", RuntimeVersion: "v0.0.0-1", Container: "x1", Pid: 4711, Address: "10.193.0.3", Netns: "/run/netns/cay-abc123-1i", Rootfs: "/d/disk/disks/x1/root", DiskImage: "/d/x1.img"}}})
 		case endedOne:
 			rec.State, rec.EndedAt, rec.EndReason, rec.EndMessage = "ended", ptr(fakeNow.Add(-time.Second)), "oom", "the guest used more than 1024 MiB"
@@ -257,6 +258,7 @@ func (f *fakeServer) apiHandler() http.Handler {
 		reply(w, 200, []operator.StartStep{{Operation: "start", Name: "network slot", Layer: "network", TookMs: 0.3}, {Operation: "start", Name: "engine", Layer: "runtime", TookMs: 61.25},
 			{Operation: "pause", Name: "freeze", Layer: "runtime", TookMs: 2}, {Operation: "pause", Name: "checkpoint", Layer: "runtime", TookMs: 40.5, Error: "no room"}})
 	}))
+	f.upgradeHandler(m, admin)
 	m.HandleFunc("GET /operator/v1/sandboxes/{id}/console", admin(func(w http.ResponseWriter, r *http.Request) {
 		if r.PathValue("id") != guarded {
 			noSandbox(w, r.PathValue("id"))

@@ -30,7 +30,7 @@ func (c *CLI) sandboxCmd() *cobra.Command {
   cay sandbox kill --all`,
 	}
 	cmd.AddCommand(c.listCmd(), c.infoCmd(), c.execCmd(), c.logsCmd(), c.killCmd(), c.inspectCmd(),
-		c.pauseCmd(), c.resumeCmd(), c.forkCmd(), c.snapshotOfCmd(), c.treeCmd(), c.explainCmd(), c.networkCmd())
+		c.pauseCmd(), c.resumeCmd(), c.forkCmd(), c.snapshotOfCmd(), c.treeCmd(), c.explainCmd(), c.networkCmd(), c.upgradeCmd())
 	return cmd
 }
 
@@ -300,7 +300,7 @@ func (c *CLI) printInspection(in inspection, lines int) error {
 		pairs = append(pairs, [2]string{"Execution", n.ExecutionID}, [2]string{"Adopted", adopted},
 			[2]string{"Engine", fmt.Sprintf("%s %s, process %d", n.Host.Runtime, n.Host.RuntimeVersion, n.Host.Pid)}, [2]string{"Container", n.Host.Container},
 			[2]string{"Address", n.Host.Address}, [2]string{"Namespace", n.Host.Netns}, [2]string{"Root", n.Host.Rootfs}, [2]string{"Disk image", n.Host.DiskImage},
-			[2]string{"envd", n.EnvdVersion})
+			[2]string{"envd", envdText(n)})
 	}
 	if err := writePairs(c.Out, pairs); err != nil {
 		return err
@@ -316,6 +316,18 @@ func (c *CLI) printInspection(in inspection, lines int) error {
 		}
 	}
 	return nil
+}
+
+// envdText says which envd a sandbox has, and whether there is another.
+func envdText(n *operator.NodeSandbox) string {
+	text := n.EnvdVersion
+	if n.EnvdDigest != "" {
+		text += " (" + n.EnvdDigest[:min(len(n.EnvdDigest), len("sha256:")+12)] + ")"
+	}
+	if n.EnvdOutdated {
+		text += "; this server has another one for it: `cay sandbox upgrade`"
+	}
+	return text
 }
 
 // printTrace prints the steps of a start and of what came after it, if they are

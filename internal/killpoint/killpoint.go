@@ -17,6 +17,7 @@ const (
 	Fork     Op = "fork"
 	Kill     Op = "kill"
 	Drop     Op = "drop" // a snapshot is deleted
+	Upgrade  Op = "upgrade"
 )
 
 // Hook is called at each point, by its name: "pause.manifest.before-rename". It
@@ -90,5 +91,6 @@ func Points() []string {
 	add(Fork, []string{"api.saved", "api.made", "api.discard"})
 	add(Kill, around("api.intent"), record("ending"), removed(), gone, around("api.own", "api.outcome"))
 	add(Drop, around("api.row"), []string{"snapshot.before-rename", "snapshot.before-remove", "snapshot.after", "disk.after"})
+	add(Upgrade, record("next"), around("send", "replace"), record("replaced"), record("settled"))
 	return all
 }

@@ -105,6 +105,7 @@ func runChild(dir string) error {
 	}
 	c.orch = &orchestrator.Orchestrator{Node: "local", Dir: filepath.Join(dir, "records"), SnapshotDir: filepath.Join(dir, "snapshots"),
 		Runtime: c.host.engine, Slots: slots{c.host}, Disks: disks{c.host}, Builds: builds{}, Catalog: routes.New(), Guest: inside{c.host},
+		Envd:         orchestrator.Agent{Version: "0.6.13", Digest: serverEnvd, Program: func() ([]byte, error) { return []byte("program"), nil }},
 		StartTimeout: 20 * time.Second, Log: log, Fault: f.point}
 	if err := c.orch.Open(ctx); err != nil {
 		return err

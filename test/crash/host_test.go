@@ -45,7 +45,7 @@ func newHost(dir string, f *faults) (*host, error) {
 		OnCreate: func(context.Context, runtime.Spec) error { return f.typed("engine.create") },
 		OnStart: func(_ context.Context, id runtime.InstanceID) error {
 			g := h.engine.Guest(id)
-			var m memory
+			m := memory{Envd: buildEnvd, Life: 1}
 			for _, kv := range g.Spec.Env {
 				k, v, _ := strings.Cut(kv, "=")
 				switch k {
@@ -66,7 +66,14 @@ func newHost(dir string, f *faults) (*host, error) {
 }
 
 // memory is what a guest has in its memory.
-type memory struct{ Token, Instance, Value string }
+type memory struct {
+	Token, Instance, Value string
+	Envd                   cay.Digest
+	Life                   int // of envds
+}
+
+// Digests of the envd of the build, and of the server's own.
+const buildEnvd, serverEnvd = cay.Digest("sha256:e"), cay.Digest("sha256:f")
 
 func (h *host) remember(g *runtimetest.Guest, m memory) {
 	b, err := json.Marshal(m)
@@ -114,7 +121,7 @@ func (g inside) find(a orchestrator.GuestAddr) (*runtimetest.Guest, memory, erro
 
 func (g inside) Identity(_ context.Context, a orchestrator.GuestAddr) (orchestrator.GuestIdentity, error) {
 	_, m, err := g.find(a)
-	return orchestrator.GuestIdentity{Build: theBuild, Instance: m.Instance, EnvdVersion: "0.6.13", EnvdDigest: "sha256:e"}, err
+	return orchestrator.GuestIdentity{Build: theBuild, Instance: m.Instance, EnvdVersion: "0.6.13", EnvdDigest: m.Envd, PID: 10 + m.Life}, err
 }
 
 func (g inside) Init(_ context.Context, a orchestrator.GuestAddr, c orchestrator.GuestConfig) error {
@@ -130,6 +137,16 @@ func (g inside) Init(_ context.Context, a orchestrator.GuestAddr, c orchestrator
 func (g inside) Trust(_ context.Context, a orchestrator.GuestAddr, _ string) error {
 	_, _, err := g.find(a)
 	return err
+}
+
+func (g inside) Upgrade(_ context.Context, a orchestrator.GuestAddr, _ []byte, digest cay.Digest) error {
+	in, m, err := g.find(a)
+	if err != nil {
+		return err
+	}
+	m.Envd, m.Life = digest, m.Life+1
+	g.remember(in, m)
+	return nil
 }
 
 func (g inside) Sync(_ context.Context, a orchestrator.GuestAddr) error {

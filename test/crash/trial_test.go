@@ -155,6 +155,21 @@ var operations = map[string]operation{
 			}
 		},
 	},
+	"upgrade": {
+		before: (*trial).makeBox,
+		act: func(k *trial) error {
+			return k.c.Call(context.Background(), http.MethodPost, "/operator/v1/sandboxes/"+k.box+"/upgrade", nil, nil)
+		},
+		after: func(k *trial, _ bool) {
+			// Whichever envd it has, it can be paused and resumed, and told again.
+			k.oneOf(k.box, true, "running")
+			k.must(k.post("/sandboxes/"+k.box+"/pause", nil, nil))
+			k.connect(k.box)
+			k.remembers(k.box)
+			k.must(k.c.Call(context.Background(), http.MethodPost, "/operator/v1/sandboxes/"+k.box+"/upgrade", nil, nil))
+			k.remembers(k.box)
+		},
+	},
 	"drop": {
 		before: func(k *trial) {
 			k.makeBox()

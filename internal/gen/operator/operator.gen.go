@@ -89,6 +89,22 @@ type EgressRefusal struct {
 	Seq int64 `json:"seq"`
 }
 
+// EnvdUpgrade What became of a sandbox's envd.
+type EnvdUpgrade struct {
+	// Changed False: it was the server's already.
+	Changed bool   `json:"changed"`
+	Digest  string `json:"digest"`
+
+	// FromDigest SHA-256 of the program before.
+	FromDigest string `json:"fromDigest"`
+
+	// FromVersion Version of the protocol before.
+	FromVersion string  `json:"fromVersion"`
+	SandboxID   string  `json:"sandboxID"`
+	TookMs      float64 `json:"tookMs"`
+	Version     string  `json:"version"`
+}
+
 // Error What went wrong, why, and what to do.
 type Error struct {
 	// Code The HTTP status.
@@ -145,9 +161,15 @@ type NodeSandbox struct {
 	Adopted bool `json:"adopted"`
 
 	// Degraded Why its memory could not be restored, if that was wished for.
-	Degraded    string    `json:"degraded"`
-	EndAt       time.Time `json:"endAt"`
-	EnvdVersion string    `json:"envdVersion"`
+	Degraded string    `json:"degraded"`
+	EndAt    time.Time `json:"endAt"`
+
+	// EnvdDigest SHA-256 of the envd that it has; empty if that is not known.
+	EnvdDigest string `json:"envdDigest"`
+
+	// EnvdOutdated The server has another envd for it.
+	EnvdOutdated bool   `json:"envdOutdated"`
+	EnvdVersion  string `json:"envdVersion"`
 
 	// ExecutionID This run of the sandbox; its host objects carry it.
 	ExecutionID string `json:"executionID"`
@@ -295,7 +317,7 @@ type Snapshot struct {
 	TemplateID string `json:"templateID"`
 }
 
-// StartStep One step of a start, a pause or a snapshot.
+// StartStep One step of a start, a pause, a snapshot or a replacement of envd.
 type StartStep struct {
 	// Error Empty when it worked.
 	Error string `json:"error"`
@@ -304,7 +326,7 @@ type StartStep struct {
 	Layer string `json:"layer"`
 	Name  string `json:"name"`
 
-	// Operation The operation that the step is of: start, pause or snapshot.
+	// Operation The operation that the step is of: start, pause, snapshot or upgrade.
 	Operation string `json:"operation"`
 
 	// TookMs How long it took.
@@ -497,6 +519,13 @@ type ClientInterface interface {
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 	TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error)
 
+	// UpgradeSandbox Replace the envd of a running sandbox by the server's.
+	//
+	// Processes, terminals and their output go on, and so do watchers that are polled. Streams end with `unavailable`, and clients connect again. It waits up to half a minute for transfers under way. Once begun it goes on without its caller. After a failure the envd before runs on.
+	//
+	// Corresponds with POST /operator/v1/sandboxes/{sandboxID}/upgrade (the `UpgradeSandbox` operationId).
+	UpgradeSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// ListSnapshots Every snapshot on the machine.
 	//
 	// Corresponds with GET /operator/v1/snapshots (the `ListSnapshots` operationId).
@@ -635,6 +664,23 @@ func (c *Client) SandboxEgress(ctx context.Context, sandboxID SandboxID, params 
 // Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 func (c *Client) TraceSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewTraceSandboxRequest(c.Server, sandboxID)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// UpgradeSandbox Replace the envd of a running sandbox by the server's.
+//
+// Processes, terminals and their output go on, and so do watchers that are polled. Streams end with `unavailable`, and clients connect again. It waits up to half a minute for transfers under way. Once begun it goes on without its caller. After a failure the envd before runs on.
+//
+// Corresponds with POST /operator/v1/sandboxes/{sandboxID}/upgrade (the `UpgradeSandbox` operationId).
+func (c *Client) UpgradeSandbox(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewUpgradeSandboxRequest(c.Server, sandboxID)
 	if err != nil {
 		return nil, err
 	}
@@ -1051,6 +1097,40 @@ func NewTraceSandboxRequest(server string, sandboxID SandboxID) (*http.Request, 
 	return req, nil
 }
 
+// NewUpgradeSandboxRequest constructs an http.Request for the UpgradeSandbox method
+func NewUpgradeSandboxRequest(server string, sandboxID SandboxID) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "sandboxID", sandboxID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/sandboxes/%s/upgrade", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 // NewListSnapshotsRequest constructs an http.Request for the ListSnapshots method
 func NewListSnapshotsRequest(server string) (*http.Request, error) {
 	var err error
@@ -1248,6 +1328,15 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/trace (the `TraceSandbox` operationId).
 	TraceSandboxWithResponse(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*TraceSandboxResponse, error)
+
+	// UpgradeSandboxWithResponse Replace the envd of a running sandbox by the server's.
+	//
+	// Processes, terminals and their output go on, and so do watchers that are polled. Streams end with `unavailable`, and clients connect again. It waits up to half a minute for transfers under way. Once begun it goes on without its caller. After a failure the envd before runs on.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /operator/v1/sandboxes/{sandboxID}/upgrade (the `UpgradeSandbox` operationId).
+	UpgradeSandboxWithResponse(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*UpgradeSandboxResponse, error)
 
 	// ListSnapshotsWithResponse Every snapshot on the machine.
 	//
@@ -1467,6 +1556,31 @@ func (r TraceSandboxResponse) StatusCode() int {
 	return 0
 }
 
+type UpgradeSandboxResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *EnvdUpgrade
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r UpgradeSandboxResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r UpgradeSandboxResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
 type ListSnapshotsResponse struct {
 	Body         []byte
 	HTTPResponse *http.Response
@@ -1652,6 +1766,21 @@ func (c *ClientWithResponses) TraceSandboxWithResponse(ctx context.Context, sand
 		return nil, err
 	}
 	return ParseTraceSandboxResponse(rsp)
+}
+
+// UpgradeSandboxWithResponse Replace the envd of a running sandbox by the server's.
+//
+// Processes, terminals and their output go on, and so do watchers that are polled. Streams end with `unavailable`, and clients connect again. It waits up to half a minute for transfers under way. Once begun it goes on without its caller. After a failure the envd before runs on.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /operator/v1/sandboxes/{sandboxID}/upgrade (the `UpgradeSandbox` operationId).
+func (c *ClientWithResponses) UpgradeSandboxWithResponse(ctx context.Context, sandboxID SandboxID, reqEditors ...RequestEditorFn) (*UpgradeSandboxResponse, error) {
+	rsp, err := c.UpgradeSandbox(ctx, sandboxID, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseUpgradeSandboxResponse(rsp)
 }
 
 // ListSnapshotsWithResponse Every snapshot on the machine.
@@ -1946,6 +2075,39 @@ func ParseTraceSandboxResponse(rsp *http.Response) (*TraceSandboxResponse, error
 	return response, nil
 }
 
+// ParseUpgradeSandboxResponse parses an HTTP response from a UpgradeSandboxWithResponse call
+func ParseUpgradeSandboxResponse(rsp *http.Response) (*UpgradeSandboxResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &UpgradeSandboxResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest EnvdUpgrade
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
 // ParseListSnapshotsResponse parses an HTTP response from a ListSnapshotsWithResponse call
 func ParseListSnapshotsResponse(rsp *http.Response) (*ListSnapshotsResponse, error) {
 	bodyBytes, err := io.ReadAll(rsp.Body)
@@ -2067,6 +2229,9 @@ type ServerInterface interface {
 	// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// UpgradeSandbox Replace the envd of a running sandbox by the server's.
+	// (POST /operator/v1/sandboxes/{sandboxID}/upgrade)
+	UpgradeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// ListSnapshots Every snapshot on the machine.
 	// (GET /operator/v1/snapshots)
 	ListSnapshots(w http.ResponseWriter, r *http.Request)
@@ -2127,6 +2292,12 @@ func (_ Unimplemented) SandboxEgress(w http.ResponseWriter, r *http.Request, san
 // TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 // (GET /operator/v1/sandboxes/{sandboxID}/trace)
 func (_ Unimplemented) TraceSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// UpgradeSandbox Replace the envd of a running sandbox by the server's.
+// (POST /operator/v1/sandboxes/{sandboxID}/upgrade)
+func (_ Unimplemented) UpgradeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2421,6 +2592,32 @@ func (siw *ServerInterfaceWrapper) TraceSandbox(w http.ResponseWriter, r *http.R
 	handler.ServeHTTP(w, r)
 }
 
+// UpgradeSandbox operation middleware
+func (siw *ServerInterfaceWrapper) UpgradeSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandboxID" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandboxID", chi.URLParam(r, "sandboxID"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UpgradeSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
@@ -2605,6 +2802,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/console", wrapper.SandboxConsole)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/upgrade", wrapper.UpgradeSandbox)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/egress", wrapper.SandboxEgress)
@@ -2941,6 +3141,45 @@ func (response TraceSandboxdefaultJSONResponse) VisitTraceSandboxResponse(w http
 	return err
 }
 
+type UpgradeSandboxRequestObject struct {
+	SandboxID SandboxID `json:"sandboxID"`
+}
+
+type UpgradeSandboxResponseObject interface {
+	VisitUpgradeSandboxResponse(w http.ResponseWriter) error
+}
+
+type UpgradeSandbox200JSONResponse EnvdUpgrade
+
+func (response UpgradeSandbox200JSONResponse) VisitUpgradeSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type UpgradeSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response UpgradeSandboxdefaultJSONResponse) VisitUpgradeSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListSnapshotsRequestObject struct {
 }
 
@@ -3076,6 +3315,9 @@ type StrictServerInterface interface {
 	// TraceSandbox The timed steps of a sandbox's start and of its last pause or snapshot, in order.
 	// (GET /operator/v1/sandboxes/{sandboxID}/trace)
 	TraceSandbox(ctx context.Context, request TraceSandboxRequestObject) (TraceSandboxResponseObject, error)
+	// UpgradeSandbox Replace the envd of a running sandbox by the server's.
+	// (POST /operator/v1/sandboxes/{sandboxID}/upgrade)
+	UpgradeSandbox(ctx context.Context, request UpgradeSandboxRequestObject) (UpgradeSandboxResponseObject, error)
 	// ListSnapshots Every snapshot on the machine.
 	// (GET /operator/v1/snapshots)
 	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
@@ -3337,6 +3579,32 @@ func (sh *strictHandler) TraceSandbox(w http.ResponseWriter, r *http.Request, sa
 	}
 }
 
+// UpgradeSandbox operation middleware
+func (sh *strictHandler) UpgradeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	var request UpgradeSandboxRequestObject
+
+	request.SandboxID = sandboxID
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.UpgradeSandbox(ctx, request.(UpgradeSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "UpgradeSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(UpgradeSandboxResponseObject); ok {
+		if err := validResponse.VisitUpgradeSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // ListSnapshots operation middleware
 func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 	var request ListSnapshotsRequestObject
@@ -3416,70 +3684,77 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFtfb9u4lv8qhHaBvKhxOtPdB/cpM5PZCe60HTTBvQsURUFLxxYnFKmSVByjyHdfnEOKomzKSdq0e5/a",
-	"WBR5eP7+zh99KSrddlqBcrZYfik6bngLDgz9ZbmqV/ru8jf8owZbGdE5oVWxLK4bYOFxyfSacbVjDnh7",
-	"WpSFwAUdd01RFoq3UCyTncrCwOdeGKiLpTM9lIWtGmg5HuF2HS12RqhNcX9fFlbxzjbazZIQnj+KhnGv",
-	"pxBxj4ttp5UFYsrvXMjeAP630sqBcvhf3nVSVBxJW/xtkb4vyZ7/aWBdLIv/WIzcXvindnFhjDb+nOn9",
-	"Xp2dMdcAQ1LBOrYywG8s48z0El6zV2cv6bHTN6CYsKwV1gq1YdqwrdFqg0te4RID+FhpZvuqGaT2mv1X",
-	"2N+CuQXD1lxIqPHnn9OfK66UdqzWTDim9PbUy8UTj3f7VSurJfwpFBzK6JxJoQCFg1tu8B4nllX+FZRT",
-	"Z3QHxgnPWwd3LiODsnCiBet42+HTtTYtd8WyqLmDF/ioKDO6M4r4Q/J+6Q/5GN/Qq7+hcnjIxcaAte9h",
-	"3Vsuc3epwTqhSMjMNdyxLbfM4HqomdOMD8w9vFmle68o0z3/0Fum1w5UybhjErh1S7bFrSvdgmVOa7bm",
-	"1nkB4q+9clCfjhcWysEGTOHVZyAvQ31d4+0YVzXrtHGvGbSd27G1Noyzzz2YXcm2wjW6d4zTErYl3fEa",
-	"xA0wpRWcHvK6LNbCWPdY0ZSF5E9Z7c13/z7/Qia50QuxiksJNRPoC4y/XJbWzminK50RsKu6kvV1VzJR",
-	"tV3JnLQla5zrSlYrzzk8UIqbPBcM8GD5h496CXkPBsqZ3WAgnZai2tEFTrjc8l1Ur5OSnSAj7Ak9lKIV",
-	"7iRLhYXPhye97dsVmOEY5L/fmEuvyK4RljmQ0jK9xm2jaIRy//0qo257BoanDnoQBFwGpU9YPtXRINrA",
-	"nci/rGmSk8wrwRaU8x6vZNtmV5KgyIacZrXO2WI9I4w/rq//YtZx19t9Jvz8U9bmAAn7lN/xHLdaSWB4",
-	"zYH3ax8+SjK8lleNUGBfB49Ldq47UDNWdjdnB3hRxldou8K9ZlxazTpu3HBqC9byTV5tJd+ByfMj3cLu",
-	"rIPWq4uPFdndwklZbgCGywro6h3oTs7ZEQW8uZgfHpeMW6/NesMabp968T0FJhGO5OeU8A/edaDw5QO6",
-	"rnQLrsHoS/xZQRVEfiQkJJz69ng3/HBAGIZ8biMVHadgpU38xYB12sCnGjaG11mpHgumuPI4297qGi7V",
-	"WudUIhiA55rpVSQUbMZuu94m3EqsUNRZLrbQarP7Zef8+w/6tLLotJbvgde7Q2L/B5XOspXWDmrGG+Az",
-	"Ydj0imQ04+43QkHpoRi3bHMrrDZ5M/D7/BOMFTNhJTIrI/jhESOwAgOr8zTfjodMtwmnoyr/ynfze82o",
-	"iqiLcfORNQeXK71wpyJL75eKZk7JwpWzrieABHITNqqdBcAfDlWN17pzUB9udemY7c2tuEUdYGg7qYsk",
-	"yJxwZaW1BK48OPPmlfPgO08UXR0hnqwJ7K2ABeOsSybWI+TcCttAjW40qzig6vMn4CtQt/UxJYM7qHqk",
-	"Ne+QhUXDjSwYsgu8UaOtY15GllXcmF1g9sEZuPKhRCmI9536Axf7tIyYk5NSZCfiGuSb98UhBcyLiGQJ",
-	"T+IdYgV4JOFXtHbfQlLuDvulpAzinMqpjBqasCFRssDRnKW8B6t7U+V8xp+IKu0DYWveC9fC3rz5Jf/M",
-	"SyP/dD8Sp57gzS9F3Dh3m8DbXxFpZm90C2NIYasdobtM5nkjpAyRPRMVKGjOP5t90YDt2/mnvVKzDwdV",
-	"dfMrUEdmnu6j82HpeOhIebxfQu/e+WXkzxEZXCrbQTWTfUYPvDa6ZSvtGmZFnYvyKmBpLuW7dbH8cNy2",
-	"Ur9//7E8SHukxCxWMeFYrcEn0aYnfK16KRGeDyWgg3sZqLSpH2nd7/3ifc6HPUp/rSPcC24tCxomfvS4",
-	"dXKf5ueiTMjl/W4GeNWAHcsyWbdcaeW4UHPpgQczJ9YnOIjqZ9w7GvBlm00LfhcywL9Gy9qGxG2gCvM6",
-	"l88SFDiVuedbcFttbogk2/FqWnzKVwRE/cD9OqMrsHYG72nt1hlK3qBP8lcTdlL/wjeOQb6ZEsIDcHBf",
-	"845grShWf/kyqs3A1nirVHZHtPd9NJVcgs6Jg62IZbJKClAuydTHhCmLxqTgNi8iB20nuYtKSMaeloXw",
-	"8JbXeR1a9ULWHtYc6r4B/kQ0EIHXgemRAwJVUwgSzoKcVlke2vbNXFbt6/Dtgzk1qPp9LE/l8CdSB/Vy",
-	"zK6RGt27kmndlqwTtS29An+CO+HKYByfKsNtUzKKMJ98XaBk6Ow+SY3b2KZ3td4qTDm16RquhsrjtkHT",
-	"F45JcQt2jmp4iKU+Y81ycsbDPxv0BUK+varBsC33dbtYX5urlTYC4RolmMJBax+KL2PVISb5BTeG7whW",
-	"8buLvNJdEx0OfShQ4TK4VQe8PbFMeqjHpdTbx2tiC47X3PEQaQSexeVf0xp+vjCR+AzUjhmj00ZshDre",
-	"60G5o1VTsZFsm0DFoFZiPV+n7rgB5Y52szyn4ll4kK+IZjZD1HRMO8nx0aqvV1GTwvVjejLi+rEwMMNl",
-	"C1XoYE3pRnNg3N7Y0BWg1tJMrnSkMUdOn4ebj/V5raywBGBCnW4bQqMYigo3Qm1OZ9KsH5CZlQUaxwzP",
-	"hkCTfbwPt5NuZ9hyskEZItoYgKJRjCngKPj91C9aYZRkGq3yyWN0FKNTTYPCJMiU+0lp2jiNWh+NNZrV",
-	"6NuOIIWrQS45eBqBbVALdFFSrMmYQfXt8+YygRUJtaO4r8Ir2VRmcA7TatgAZ7SlqCYyuc0z4w2EZk+p",
-	"bu7VQ6f3OovdP183x6WP6gT5No6dBLS5IBADl95ms4og/uVR90GVfg8hlxFMot/yNTF6jCFg6cWAivS5",
-	"54YrJ2biwiNKtqH6hulIUq37xsLtA5MVgf6Z+DN1wRmH9Ty+LDX+hx1b4tBIKQZJTz3UkdxkWgAeNTzr",
-	"UtAVXDnoDrn4TgGzDrqQLuPCclAqRsEtrQVOrRTyzcaLgFpDbNfmZqYF9hUNtVrUc7nz0P4+xEodmJlm",
-	"Px4VH4/YjxhCCrUcWBIZkimNJgqj9c0bmx9fkFptkCG4ZgpzdL+Sid9S1IM+ULDxGrEf7BkYjw1d1jkV",
-	"cL3NdxtpfoUTEmdCWceVyzWD21a4fAnZB+B8ZYS0+Xcu5NHei/OjHElFn/CqFaqCIBJu3CPdrD/zqq8q",
-	"sPZ4z+cbThnqbw9V3ailt9+DegTYCqXafVSXQdDJFFJY+vhMBb3TjMK2w5yYHUdbvr4rlu37zPjS26QC",
-	"Q1oXuD2QO214pTBuX/RTBTw0jAHkC7e7QvZ76ZzXrVDXCOqPuQxtTuwI/WmQrgFek0WGUbr/fUFbvfB7",
-	"jdG9E/+AnZ9lE9mO71Wjt7H9Zsu0UgMU2uEWjJcOwRFcIMykAFqyRm/x992gFQF37fyPviTAzodJC5oN",
-	"cEOZZKXrHXUBFc1Z8E6c7ngr8aZSVKAs6X645nnHqwZe/HR6VpRFbyRywrnOLheL7XZ7yunxqTabRXjX",
-	"Lv68/PXi7dUFvUN9fIe5XUG908Bddv7XZdIVXRZnpy/96kBRsSx+Pj07/ZnQrGtIdIvh7cXtywU3VSNu",
-	"vUy7bNUYvdflb+jrOVOwpWIEu+Y3QBdXcseGPZDpXn+Dt9rpnjnT+1ppdM6XNe7adtq4CI3Lybjoh3x5",
-	"DgVJkDhN31dA421Rv2j8bFSvCC2eMCo6Ox9GJFRcSkuzYTwUCrWhf5eOb+bICNFo/tCPcVblF+1HBmYm",
-	"Qu9eOG6mI6HRja2E4nRqdvA0vf/+JOpPZy+fbQo1CjUziPoblVPo5zXv5WyjNhK3GGZkyQ/1bYsXXBaD",
-	"/o3Ya2xpwx2qFtQl41J6jE8i0jRVQ66Vb2wKSIuPuHvWLhZfRtR6j9RuYKboE94IvYdxnHZvYLXm0GpF",
-	"foYcVDLqs+WxgDGs9hB2yD64ZRYqAy7MK+0o3rC3/mZspXtVW/JpEUnxG28bU+u7uDtufTmRjEsWCZD3",
-	"ijvRpLPvoL2z7H4OZUrScG4J4q2FxBycOW78JCupkvPFqIAjFADKWROPSUDqkbo1gTlBn6by+VNYd5UO",
-	"rBxzju/QBztyjKRrNH6ZjK7PecQneMDkCK+gFnz3m3QL7jpJSG/NpYX8qXEaIR76qIr1QVVtL/e3bkdB",
-	"EZXoqbp46NWeQtLQpN2n6fv5vL0BhAnCKTE0g3W+kj3Rw9DRPqKGiy8xGb/3vk2CL6xNtfIfQsqhQf5k",
-	"lxHT/YyUXmV6r8GnefdN43yItVttnoWXF6pOKoR7H3wcsq6cd/u+K++38IAxbmv5zlKST8PE5PKFYttG",
-	"VA3m/LV9Hfz6DXSOyk0WbkGxmu8yPjvMRHwXAZw9X/A/GOD4jhYRR0FObJBD0gdOh/NuFOYKsSX8lbax",
-	"CB+bzMKAc2n1ZKjChwyvFRIswWKM/azRvWF8ow/FHFNbf9T/o5gf5Q3TT3Z+oC+8HlqjEpO/mY+CSqZl",
-	"/RxOcQGbYRImL/fJ5zzCYwj6GoMyTHTT/tOcoZM3fOizDl1eyif9Nwuvx7bvy/Ls7Iy+lkEHccq+Qr3Y",
-	"OeVsh1OV1ENPSw5sBRtBXha2s1rpP2v6FqXMQ4vt3hdQJeMbjkhD65LxtQMTPl/z35mEdF5Y5guBc1CH",
-	"3pyAjoOiVSuUaPu2WJ5lvkv5IRY0/VTsB9rQv459dsa0b5lt+Y750Y1nMiVneAWzwPcan/4bhLjHIcHY",
-	"M/jBns+JFmGGg246w3difR2LgiBFO+s9yUFpvqTijalDqfFhWYb3HkhZ4qofwv5YZ/hx3L8gxD3TtX1s",
-	"+jdwaVJbWNyCEetdWoebMvif9Pw75eyvsp8nCISv9HXtt3PuPfA6LdegiuLrGN4wKqJL95BNiTXs+Zgj",
-	"zIxNm6xWhp7O9wS8/oTvbPE+RpcpqPVQtxm6EDZpFKWdiIGFnsyP92k9n/QmreR/+Ii6EWq49NSXqhek",
-	"M2GvL2lOj1cvv+x9m1/cf7z/vwAAAP//",
+	"zFxbj9s4lv4rhHaBelHsSndmgHWeqrvTm8J0kkYqO7NAI8jQ0rHFKYpUk1S5jCD/fXEOKYqyKZcrt52n",
+	"JCbFy7l858p8LCrddlqBcrZYfSw6bngLDgz9y3JVr/X99S/4jxpsZUTnhFbFqnjXAAvDJdMbxtWeOeDt",
+	"oigLgRM67pqiLBRvoVglK5WFgT97YaAuVs70UBa2aqDluIXbdzTZGaG2xadPZWEV72yj3ewRwvhZZxjX",
+	"eswhPuFk22llgYjyKxeyN4B/rbRyoBz+lXedFBXHoy3/ZfF8H5M1/9PAplgV/7Ecqb30o3b5whht/D7T",
+	"+z27vGSuAYZHBevY2gC/tYwz00t4zp5dPqVhp29BMWFZK6wVasu0YTuj1RanPMMpBnBYaWb7qhm4hqP/",
+	"xYSzzDrugNUacI5jXEq9YwJJaphwbMOFhJpxVeNwgzsIy6qGqy3Uz9lfwiktmDswYTb+/GP6c8UVrl1r",
+	"XFHp3cJz15MAKfSzVlZL+E0oOOb0FZNCAbIYl9wiNS4sq/wnyO3O6A6ME55DDu5dhpNl4UQL1vG2w9GN",
+	"Ni13xaqouYMnOFSUGQkcBeWP5PvSb/I+fqHX/4LK4SYvtgasfQub3nKZu0sN1glFosJcwx3bccsMzoea",
+	"Oc34wKLjm1W69+I2XfOl3jG9caBKxh2TwK1bsR0uXekWLHNasw23zosB/torB/VivLBQDrZgCi+Ew/Ey",
+	"p69rvB1JQ6eNe86g7dyebbRhnP3Zg9mXbCdco3vHOE1hO5JAL4fcAFNaweKY1mWxEca6c1lTFpI/ZrYH",
+	"gcP7/AOJ5EYsYxWXKO1B/Oly2bN2Rjtd6QyDXdWVrK+7komq7UrmpC1Z41xXslp5yuGGUtzmqWCAB/w4",
+	"Huol5HEQlDP7QUE6LUW1pwtccLnj+yheFyW7QELYCxqUohXuInsKC38e7/S6b9dghm2Q/n5hLr0gu0ZY",
+	"5kBKy/QGl42sEcr99VlG3A4UDHcd5CAwuAxCn5B8KqOBtYE6kX5Z1VR39f90W8PrOVFYQ8VbQpqohReW",
+	"gbqrM8roIfB4pV+5tLBCpEPNHlHwwjIuDfA6Fam11hK4Is0TW7B55NoY3f4Sh6fb3by8evLDX/4auW/0",
+	"1vCWrWGjzYyiGd3+HYzNqngYSJYjqp9ab+InHKOu1rev7FRTdb+WiZoqEiycfDce6zQWpx7FwInpzSZU",
+	"G1eOdI4ny4oKWeW8kOxAOW9iS7Zr9iXpNMGt06zWOdiuZ/T25bt3v5MB7u2hvvz4QxaeAQ/2Ib/iFS61",
+	"lsBUEGJk4Mb7KyVhdMurRiiwz4NYkknQHagZQL6fg0y8KONrhHnhnjMurWYdN27YtQVr+TYvLpLvweTp",
+	"kS5h99ZB65HFuxXZ1cJOWWoA+mcV0NU70J2cg1zysOaczDBcsqDNUm9Zw+1jL34gwMTC8fg5IXzJuw4U",
+	"fnys9LoF74y5Gdw6FsOEUl/uGg0/HB0MfUxu4yk6Tn6NNvEXA9ZpAx9qICSuF4/zu3DmabK91jVcq43O",
+	"iURQAE8106t4ULAZve16m1Ar0UJRZ6nYQqvN/qe9gynezZm/sui0lm/RJBwf9r9R6Cxba+3Q/26Az3hs",
+	"plfEoxnPYCsUlN7355Zt74TVJq8Gfp2/z0JwRHp/vQPGD0OM/FoYSJ0/890Z5udnvp9fa0ZURD2B+oE0",
+	"R5crPXOnLEvvl7JmTsjClbPQE/xJggkbxc4C4A/HosZr3bmcM3HtmO3NnbhDGWCoOylEkl8x400E9coh",
+	"+N4fiq6O0YCk2I6tgQXlrEsmNmN0shO2gRphNCs4oOqrR7ji6E6d6czgVH8M4RBzh3hjOFwIaG6V3qnF",
+	"3F5veofnqWdSCD5CRUDnGOCC8btuKPzN0xYnnFITuIeqxz3yJkVYhJ7IxCEgR5402jrmpcyyihuznx5i",
+	"3ANnPpRbCAL6Rr3EyT6TQezNyVkUCHTikbjemoSsSZ4QJI3wKO5TuuHMg9/Q3EMdT6k7rJceZRDIKZ8m",
+	"cncgGGXUv4REiQoFaudw4C1Y3Zsqh4i/YXhlHzDK8zamFvb21U/5Mc+p/Oihn5Hi3Kufirhw7jaB7j9j",
+	"yJW90R2MBpOt9z55dHyrWyFl8FsyNo9cgvmx2Q8N2L6dH+2Vmh0cxNjNz0D5mRk9jD2GqeOm48nj/ZLz",
+	"HuxfRvqc4MG1sh1UM2mYaF8wxGFr7RpmRZ3zYVSIFLiUbzbF6o/TepdatU/vy6P4X0q2a0AhGseEoekJ",
+	"elUvJQYfQ0b16F4GKm3qMzX/rZ98SPmwRumvdYJ6AfKyiD/B2NPayX2+K2dDQ1LLr2aAVw3YMT+ZhexK",
+	"K8eFmgt+vKt2YX34dmR/xnVQga/bbNDzq5DBuW20rG0IS4dTYdTq8jGQAqcy93wNbqfNLR3JdryaZmHz",
+	"qTFRP3C/zugKrJ3xZrV2m8xJXiEmRaufJoLxi1MO7Uwu7QFn91DyTniSka3+8mUUm4Gs8VYp705I79uo",
+	"Krn0AycKtiLmiyspQLkkDzGGg1lfUwpu8yxy0HaSuyiEpOxpfhQ3b3mdl6F1L2Q9kwWqDPBHegrRrTxS",
+	"PQIgUDWZIOEsyGm68aFlX83lDHxZq30wYwCqfhvztDnvGk8H9WrMHeBpdO9KpnVbsk7UtvQC/AHuhSuD",
+	"cnyoDLdNycjCfPBZj5Ih2H2QGpexTe9qvVMYUGvTNVwNLvGuQdUXjklxB3bu1PAQSX08nqXkDMJPne0v",
+	"cIuBvOJe1WDYjvsEdkw0zxUNGoHuGoXPwkFrH7IvY04lpjAKbgzfk1vF71/khe4dncMhhoKqh3Q3UL3x",
+	"wjLpXT2qnZ0viS04XnPHg6URuBeXv0+LWfm0S4IZKB0zSqeN2Ap1unQ65Kkp6066TU5FEmnNFmw6bkC5",
+	"k8VhT6m4F27kSwOZxdBrOiWdBHw06/NF1KTu+ik5Gf36BxPcFqpQEJ6em8JIbm9tKI9RpXYmjjpR5ybQ",
+	"5+HmY6FKKyssOTAhC7kLplEMKZNbobaLmRDsO0RtZYHKMVcUCIYmO3wi1R+WnCxQBos2GqCoFGN4ODL+",
+	"MCyMWhg5mVqrfGAZgWIE1dQoTIxMeRiwpn0IUeqjska1GrHthKdwM/Al555GxzaIBUKUFBtSZlB9+3Vj",
+	"mUCK5LQju2/CJ9lQZgCHaa5vcGe0JasmMrHNV/Y30DV7TO72INs7vddlLIP7qgBOPask6uuZdmLQ5oxA",
+	"NFx6l40qAvtXJ+GD6hjehVxFZxJxC4Yk2HMyASvPBhSkP3tuuHJixi6ckZAOuUUMR5Jc5BempR9oVArn",
+	"n7E/UwjOANbXwbJU+R8GtgTQSCgGTk8R6kRsMk1vjxKehRSEghsH3TEV3yhg1kEXwmWcWA5CVSZZQkaG",
+	"zkAneQUtypHezJTPIV9hfRGc2WDytbmdqft9RhWxFvVcSD20hxy7UB2YmWYY3CoOjy4h0YnkbDVQKtAp",
+	"pVLv+xCyhxkr5sd9PlKrLVIG50zdoJma+oEAjveJjROeknHbUGOeExHX23ytldLonDx1JpR1XLlcKbxt",
+	"hcunn72BzmdOSNp/5UKerDw53/OU1DPIn7VCVRB4w407E4b9njd9VYG1pyteX7DLkJ97KCtHBc3DCtwZ",
+	"zlhI5R56fRkPO2nXC1PPj2QQvWYEth3aMu3YA/b5NcFs1WsGa++SDA1JXaD2cNxpuS918w5ZPxXAY8UY",
+	"ggDh9jdIfs+dq7oV6h06/aewQ5sLO4YG1LfaAK9JI0Pn6v8+oaWe+LVG69+Jv8Het46KbL37ptG7WHy0",
+	"ZZrJATL9cAfGc4fcFZwgzCRBWrJG7/D3/SAVwS/b+x99yoBdDX0mVEhzQxplres91UAVdZnwTiz2vJV4",
+	"UykqUJZkP1zzquNVA09+WFwWZdEbiZRwrrOr5XK32y04DS+02S7Dt3b52/XPL17fvKBvqIvBYexXUOU4",
+	"UJdd/X6d1IRXxeXiqZ8dTlSsih8Xl4sfydt1DbFuOXy9vHu65KZqxJ3naZfNKiN6Xf+CoM+Zgh0lK9g7",
+	"fgt0cSX3bFgDie7lN6DVXvfMmd7nUiM4X9e4attp46LrXE66s//Ip++QkeQyp+H9GqgPNMoX9WmO4hVd",
+	"j0d0Zs82UtIRKi6lpSZKHhKJ2tCfK8e3c8cI1mh+0/exU+cn7RsmZhqw7584bqYd2BHG1kJx2jXb553e",
+	"/7Dx+4fLp1+t6TsyNdP3/QulW+jnDe/lbJE3Hm45tKQTDvVtixdcFYP8Jd5ZLOjDPYoW1CXjUvoYgFjk",
+	"G7wJWvnWpg5r8R5Xz+rF8uPo1X7C025hJikUvgi1ibF7/aCzu+bQakU4QwCVNDrteExwDLO9iztEJ9wy",
+	"C5UBF7q19mRv2OvQur7WvaotYVr0pPit142p9r24P619OZaMU5aJo+8FdyJJl99AemfJ/TWEKQnTuSUX",
+	"byMkuf6OG9/yTaLkfLIq+BEKAPmsicbEIHWmbE3cnCBPU/78Jqy7Sdt1ToHjG8RgR8BIskZ9yslLkTlE",
+	"fAQCJlt4AbXgq+MkW3DfSfL0NlxayO8aOxnipmdltI+ybge5Aev2ZBRRiB4ri8eo9pgjDUXcwzN9O8w7",
+	"aFCYeDglmmawzme6J3IYKt4nxHD5MQbrnzy2SfCJt6lU/k1IORTQHw0ZMR2Q4dKzTG02YJqHb2pmRF+7",
+	"pTbtL6flC1UnGcSD91XHpCvnYd9X7f0S3mGMy1q+txTtUys1Qb5QbNeIqsHgv7bPA67fQucoHWXhDhSr",
+	"+T6D2aFn4psw4PLrGf+jBo9vqBFXyTsGz4ekTpy2Jt4qjBViyfgzdWMZXmXNugFX0upJ04U3GV4qJFhy",
+	"i9H2s0b3hvGtPmZzDG39Vv+PbD4LDdO3bd8RC98NpVOJwd/M67mSaVl/DVBcwnbolMnzffLuTXgfgp4t",
+	"UYSJMO3fsA2VvuFF3CZUgSme9I97no9l4afl5eUlPStDgFiwzxAvdkUx23FHJtXY05QDW8NWEMrCblYq",
+	"/fu/LxHKvGuxO3gqWDK+5ehpaF0yvnFgwmtR/yArhPPCMp8InHN16MuJ03GUtGqFEm3fFqvLzAOu76JB",
+	"0zeV31GH/nHqfSbTvqS243vmWzu+kio5wyuYdXzf4ei/gYk7zxOMNYXvjHxOtOhmOOjs4XM+30KPRpCs",
+	"nfVIQjl6eqcS35QLxbSpQ6rxM3nZj+8N87mj330zHKXnwLRCcRlfiQqDgtX1jm0108pbbktvr3bcVU3M",
+	"IiEAdlpKqBfsxhnKtgJaeUSBf/aK33FBjRH/9Gv4Ih9ZAQWV81CyYNco7EiRvkNJb7hEyrVC9c63RDnD",
+	"ld3gtrFNZ8HeqAoQGnvC7q32T0CG8qegRnYpwSzYFcEUj7nC2OLvHxd6H1arY2wNrzb/zR279H3pTEju",
+	"Hxig7ePK7sDY4Zl9eCpqYHwj+uWK8NYX4kY6kyaEOn+EsfV+8kj1TGkPWvJAgB5nfRewiVm174c1Lyi+",
+	"nOlhODfZMVBpkklb3oERm32KHFMC/53Gv1GG6ln2KZLAYI3+04WvIZy8TpOThEu67RDLUCEQunyAosQG",
+	"DizqCWLGEmVWKkMF81uGd36Hb2zfvLaWaQjnob0Zam42KYumdbeBhP6Y7z+l1SuSm7Ru9cd7lI1QsaBR",
+	"X5hZksyEtT6mGSy8evnx4D9+KT69//R/AQAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
