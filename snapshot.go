@@ -59,6 +59,9 @@ type Snapshot struct {
 	// Engine names that engine's program, which the node keeps for as long as
 	// a snapshot needs it. It is empty where the engine has no file of its own.
 	Engine string `json:"engine,omitempty"`
+	// Transient says that the snapshot was for starts right after it: it need
+	// not survive a power cut, and its content was never compared with anything.
+	Transient bool `json:"transient,omitempty"`
 	// Memory lists the files of the memory; none means that only the disk was
 	// saved.
 	Memory []SnapshotPart `json:"memory,omitempty"`
@@ -88,6 +91,10 @@ type SaveRequest struct {
 	Memory bool
 	// Pause ends the sandbox's run once the snapshot is whole.
 	Pause bool
+	// Transient is for a snapshot that sandboxes are started from at once, and
+	// which is deleted then: it need not survive a power cut. What is read a
+	// moment after it was written is not compared with a checksum.
+	Transient bool
 	// Healthy refuses the save with CodeGuestUnresponsive unless the guest's
 	// daemon answers. A save without memory needs that in any case.
 	Healthy bool

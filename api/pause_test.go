@@ -231,7 +231,7 @@ func TestHowToSave(t *testing.T) {
 			{"/snapshots", `{}`, cay.SaveRequest{Memory: true}},
 			{"/snapshots", `{"memory":true}`, cay.SaveRequest{Memory: true}},
 			{"/snapshots", `{"memory":false}`, cay.SaveRequest{}},
-			{"/fork", ``, cay.SaveRequest{Memory: true}},
+			{"/fork", ``, cay.SaveRequest{Memory: true, Transient: true}},
 			{"/pause", ``, cay.SaveRequest{Memory: true, Pause: true}},
 			{"/pause", `{"memory":false}`, cay.SaveRequest{Pause: true}},
 			{"/pause", `{"requireHealthyGuest":true}`, cay.SaveRequest{Memory: true, Pause: true, Healthy: true}},

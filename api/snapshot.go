@@ -334,7 +334,7 @@ func (s sandboxHandlers) ForkSandbox(ctx context.Context, r gen.ForkSandboxReque
 	}
 	snap := cay.NewSnapshotID()
 	defer s.life.pin(snap)()
-	src, err := s.snapshotWhenFree(ctx, team.ID, id, cay.SaveRequest{Snapshot: snap, Memory: true}, nil)
+	src, err := s.snapshotWhenFree(ctx, team.ID, id, cay.SaveRequest{Snapshot: snap, Memory: true, Transient: true}, nil)
 	if err != nil {
 		return nil, err
 	}

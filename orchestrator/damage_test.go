@@ -326,3 +326,33 @@ func TestDamagedMemory(t *testing.T) {
 		}
 	}
 }
+
+// A transient snapshot is used at once: nothing of it is read beforehand, but a
+// part that is not whole is seen.
+func TestTransientSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		o, _ := open(t, w, 0)
+		defer o.Close()
+		mustCreate(t, o, "i1")
+		snap := cay.NewSnapshotID()
+		m, err := o.Save(t.Context(), "i1", cay.SaveRequest{Snapshot: snap, Memory: true, Transient: true})
+		if err != nil || !m.Transient || len(m.Memory) != 1 || m.Memory[0].SizeBytes == 0 || m.Memory[0].Digest != "" || m.Disk.Check != "" || m.Disk.Stamp == "" {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		if _, err := o.Create(t.Context(), from("i2", snap, cay.StartRestore)); err != nil {
+			t.Error(err)
+		}
+		wantSnapshots(t, o, w, snap)
+		file := filepath.Join(o.SnapshotDir, string(snap), "memory", m.Memory[0].Name)
+		if err := os.Truncate(file, m.Memory[0].SizeBytes-1); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.Create(t.Context(), from("i3", snap, cay.StartRestore)); cay.CodeOf(err) != cay.CodeSnapshotCorrupt {
+			t.Errorf("a start from a part of it: %v", err)
+		}
+		if err := o.VerifySnapshot(t.Context(), snap); cay.CodeOf(err) != cay.CodeSnapshotCorrupt {
+			t.Errorf("a look at a part of it: %v", err)
+		}
+	})
+}

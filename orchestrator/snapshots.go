@@ -84,11 +84,15 @@ func (s snapshots) begin(id cay.SnapshotID, at func(step string) error) (memory 
 }
 
 // commit makes a snapshot visible: everything is on disk before the manifest
-// is, and the rename comes last. at is called before each step; its error is the
-// step's. After an error the snapshot may be visible all the same.
+// is, and the rename comes last. A transient one is not made durable. at is called
+// before each step; its error is the step's. After an error the snapshot may be visible all the same.
 func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step string) error) error {
 	dir := s.path(m.ID) + newSuffix
 	memory := filepath.Join(dir, memoryName)
+	sync := syncPath
+	if m.Transient {
+		sync = func(string) error { return nil }
+	}
 	do := func(step, what string, f func() error) error {
 		err := at(step)
 		if err == nil {
@@ -105,11 +109,11 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 		}
 	} else if err := do("memory.before-sync", "write the memory", func() error {
 		for _, p := range m.Memory {
-			if err := syncPath(filepath.Join(memory, p.Name)); err != nil {
+			if err := sync(filepath.Join(memory, p.Name)); err != nil {
 				return err
 			}
 		}
-		return syncPath(memory)
+		return sync(memory)
 	}); err != nil {
 		return err
 	}
@@ -125,17 +129,17 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 		if err := do(f.short+".before-write", "write "+f.name, func() error { return os.WriteFile(path, seal(append(b, '\n')), 0o600) }); err != nil {
 			return err
 		}
-		if err := do(f.short+".before-sync", "write "+f.name, func() error { return syncPath(path) }); err != nil {
+		if err := do(f.short+".before-sync", "write "+f.name, func() error { return sync(path) }); err != nil {
 			return err
 		}
 	}
-	if err := do("directory.before-sync", "write the directory", func() error { return syncPath(dir) }); err != nil {
+	if err := do("directory.before-sync", "write the directory", func() error { return sync(dir) }); err != nil {
 		return err
 	}
 	if err := do("manifest.before-rename", "publish the manifest", func() error { return os.Rename(dir, s.path(m.ID)) }); err != nil {
 		return err
 	}
-	if err := do("manifest.before-publish", "publish the manifest", func() error { return syncPath(s.dir) }); err != nil {
+	if err := do("manifest.before-publish", "publish the manifest", func() error { return sync(s.dir) }); err != nil {
 		return err
 	}
 	_ = at("manifest.after")
@@ -287,6 +291,23 @@ func measure(ctx context.Context, dir string) ([]cay.SnapshotPart, error) {
 	return parts, eg.Wait()
 }
 
+// sizesOf is measure without reading the files.
+func sizesOf(dir string) ([]cay.SnapshotPart, error) {
+	ents, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	parts := make([]cay.SnapshotPart, len(ents))
+	for i, e := range ents {
+		fi, err := e.Info()
+		if err != nil {
+			return nil, err
+		}
+		parts[i] = cay.SnapshotPart{Name: e.Name(), SizeBytes: fi.Size()}
+	}
+	return parts, nil
+}
+
 func measureFile(ctx context.Context, path string) (cay.SnapshotPart, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -331,9 +352,10 @@ func stamp(path string) (cay.SnapshotPart, error) {
 
 // checkMemory reads the files of the memory and compares their checksums with
 // the manifest, as before each start: several times as fast as the digests are.
-// Where the manifest has none it compares the digests.
+// Where the manifest has none it compares the digests; of a transient snapshot,
+// the sizes.
 func (s snapshots) checkMemory(ctx context.Context, m cay.Snapshot) error {
-	if slices.ContainsFunc(m.Memory, func(p cay.SnapshotPart) bool { return p.Check == "" }) {
+	if !m.Transient && slices.ContainsFunc(m.Memory, func(p cay.SnapshotPart) bool { return p.Check == "" }) {
 		return s.digestMemory(ctx, m)
 	}
 	var eg errgroup.Group
@@ -348,6 +370,9 @@ func (s snapshots) checkMemory(ctx context.Context, m cay.Snapshot) error {
 				return errCorrupt(m.ID, want.Name, err.Error(), err)
 			case fi.Size() != want.SizeBytes:
 				return errCorrupt(m.ID, want.Name, fmt.Sprintf("it has %d bytes instead of %d", fi.Size(), want.SizeBytes), nil)
+			}
+			if m.Transient {
+				return nil
 			}
 			return compareCheck(ctx, m.ID, want.Name, path, want.Check)
 		})
