@@ -8,12 +8,26 @@ import (
 )
 
 const (
-	// growthEvery is how often the disks of running guests are looked at.
-	growthEvery = time.Second
+	// growthEvery is how often the disks of running guests are looked at, as
+	// long as they are few: a disk takes as long for what was written in that
+	// time alone.
+	growthEvery = 100 * time.Millisecond
+	// looksPerSecond bounds how many disks are looked at: each look is a statfs
+	// of some microseconds, so that all of them are a thousandth of a processor.
+	looksPerSecond = 500
 	// growthMin is what a disk must have grown by, in bytes, to be written
 	// back: what is less costs a save a few milliseconds.
 	growthMin = 8 << 20
+	// flushAgain is how long a disk is left alone that could not be written
+	// back.
+	flushAgain = time.Second
 )
+
+// ahead is what is known of one disk that is written back ahead.
+type ahead struct {
+	used  int64     // bytes, when last written back
+	after time.Time // not before
+}
 
 // flushGrown writes back the disks of guests that write much, while they run,
 // one at a time, until ctx ends: a save waits for what is not written back
@@ -21,14 +35,12 @@ const (
 // overwrites in place does not make its disk grow and waits for the kernel, or
 // for the save.
 func (o *Orchestrator) flushGrown(ctx context.Context) {
-	t := time.NewTicker(growthEvery)
-	defer t.Stop()
-	flushed := map[cay.ExecutionID]int64{} // bytes used when last written back
+	disks := map[cay.ExecutionID]*ahead{}
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case <-time.After(max(growthEvery, time.Duration(len(disks))*time.Second/looksPerSecond)):
 		}
 		o.mu.Lock()
 		live := make(map[cay.ExecutionID]bool, len(o.guests))
@@ -36,30 +48,62 @@ func (o *Orchestrator) flushGrown(ctx context.Context) {
 			live[g.rec.Execution] = g.rec.Phase == running
 		}
 		o.mu.Unlock()
-		for e := range flushed {
+		for e := range disks {
 			if _, ok := live[e]; !ok {
-				delete(flushed, e)
+				delete(disks, e)
 			}
 		}
 		for e, runs := range live {
-			if !runs || ctx.Err() != nil {
-				continue
+			d := disks[e]
+			if d == nil {
+				d = &ahead{}
+				disks[e] = d
 			}
-			used, _, err := o.Disks.Usage(string(e))
-			if err != nil {
-				continue // it is going away, or a save will tell
+			if runs && ctx.Err() == nil && !o.now().Before(d.after) {
+				o.flushIfGrown(e, d)
 			}
-			if used < flushed[e] {
-				flushed[e] = used // it was emptied
-			}
-			if used-flushed[e] < growthMin {
-				continue
-			}
-			if err := o.Disks.Flush(string(e)); err != nil {
-				o.log().Debug("a disk could not be written back ahead", "execution", e, "error", err)
-				continue
-			}
-			flushed[e] = used
 		}
 	}
+}
+
+// flushIfGrown writes one disk back if that is worth it.
+func (o *Orchestrator) flushIfGrown(e cay.ExecutionID, d *ahead) {
+	used, _, err := o.Disks.Usage(string(e))
+	if err != nil {
+		return // it is going away, or a save will tell
+	}
+	d.used = min(d.used, used) // it was emptied
+	if used-d.used < growthMin {
+		return
+	}
+	if err := o.Disks.Flush(string(e)); err != nil {
+		o.log().Debug("a disk could not be written back ahead", "execution", e, "error", err)
+		d.after = o.now().Add(flushAgain)
+		return
+	}
+	d.used = used
+}
+
+const (
+	// flushesMax bounds how often a save writes a disk back before it stops the
+	// guest, which goes on writing meanwhile.
+	flushesMax = 4
+	// flushShort is what little takes to be written back. That much longer the
+	// guest may stand still.
+	flushShort = 20 * time.Millisecond
+)
+
+// flushMost writes a disk back, again as long as a running guest has written
+// much meanwhile: what is left is written while it stands still.
+func (o *Orchestrator) flushMost(e cay.ExecutionID) error {
+	for range flushesMax {
+		began := o.now()
+		if err := o.Disks.Flush(string(e)); err != nil {
+			return err
+		}
+		if o.now().Sub(began) <= flushShort {
+			break
+		}
+	}
+	return nil
 }

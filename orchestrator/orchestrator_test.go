@@ -45,8 +45,9 @@ type world struct {
 	bulk     []byte // more of a guest's memory, and of its disk, if set
 	cpu      int64  // grows by a second with every look
 
-	written atomic.Int64 // bytes more that every disk holds
-	flushes atomic.Int64
+	written        atomic.Int64 // bytes more that every disk holds
+	flushes, looks atomic.Int64
+	flushTime      atomic.Int64 // nanoseconds that the next one takes; then half
 
 	fail     map[string]error // by step: create, start, identity, init, acquire, disk, kill, release, remove, …
 	build    cay.BuildID      // what guests report; "" is the right one
@@ -332,9 +333,11 @@ func (d disks) List(context.Context) ([]string, error) {
 func (d disks) saved(name string) string { return filepath.Join(d.savedDir, name+".img") }
 func (d disks) Flush(string) error {
 	d.flushes.Add(1)
+	time.Sleep(time.Duration(d.flushTime.Swap(d.flushTime.Load() / 2)))
 	return d.err("flush")
 }
 func (d disks) Usage(string) (used, total int64, err error) {
+	d.looks.Add(1)
 	return 3<<20 + d.written.Load(), 1 << 30, d.err("usage")
 }
 func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {

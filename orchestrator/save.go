@@ -149,7 +149,7 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 		}
 	}
 	// What is written back now is not written while the guest stands still.
-	if err := step("flush", cay.LayerStorage, func() error { return o.Disks.Flush(string(exec)) }); err != nil {
+	if err := step("flush", cay.LayerStorage, func() error { return o.flushMost(exec) }); err != nil {
 		return m, 0, err
 	}
 	if q.Pause {
