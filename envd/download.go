@@ -77,7 +77,7 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request) error {
 		enc = "" // nothing to compress; clients look for a length of zero
 	}
 	if enc == "" && !endless {
-		http.ServeContent(w, r, name, mod, f)
+		http.ServeContent(bulkWriter{w}, r, name, mod, f)
 		return nil
 	}
 	ctype := mime.TypeByExtension(filepath.Ext(name))
@@ -96,7 +96,7 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	body := io.MultiReader(strings.NewReader(string(head[:n])), f)
-	if !copyOut(w, body, enc == "gzip") {
+	if !copyOut(w, body, st.Size, enc == "gzip") {
 		// The client must not take what it has for the whole file.
 		panic(http.ErrAbortHandler)
 	}
@@ -140,19 +140,38 @@ func dense(f io.ReaderAt, size int64) bool {
 	return int(c) > n-n/16
 }
 
-// copyOut sends a body and reports whether it is all there.
-func copyOut(w io.Writer, body io.Reader, compress bool) bool {
-	buf, giveBack := lendBuffer()
+// bulkWriter has a file copied to the client by a buffer of ours. gVisor's
+// sendfile, to a connection that does not block, reads 1 MiB for each part that
+// there is room for, and drops the rest.
+type bulkWriter struct{ http.ResponseWriter }
+
+// ReadFrom implements [io.ReaderFrom].
+func (b bulkWriter) ReadFrom(r io.Reader) (int64, error) {
+	size := int64(-1)
+	if l, ok := r.(*io.LimitedReader); ok {
+		size = l.N
+	}
+	return copyLent(b.ResponseWriter, r, size)
+}
+
+// copyLent copies by a lent buffer what has about the given size.
+func copyLent(w io.Writer, r io.Reader, size int64) (int64, error) {
+	buf, giveBack := lendBuffer(size > copyBuffer)
 	defer giveBack()
-	type plain struct{ io.Writer } // hides ReadFrom, which would have its own buffer
+	// Hidden are ReadFrom and WriteTo, which would have buffers of their own.
+	return io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, buf)
+}
+
+// copyOut sends a body of about a size and reports whether it is all there.
+func copyOut(w io.Writer, body io.Reader, size int64, compress bool) bool {
 	if !compress {
-		_, err := io.CopyBuffer(plain{w}, body, buf)
+		_, err := copyLent(w, body, size)
 		return err == nil
 	}
 	z := gzipWriters.Get().(*gzip.Writer)
 	defer gzipWriters.Put(z)
 	z.Reset(w)
-	if _, err := io.CopyBuffer(plain{z}, body, buf); err != nil {
+	if _, err := copyLent(z, body, size); err != nil {
 		return false
 	}
 	return z.Close() == nil

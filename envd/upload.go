@@ -21,11 +21,8 @@ import (
 
 const (
 	// copyBuffer is what one transfer holds in memory, beside the buffers of
-	// HTTP. The first few at a time get a large one: in a guest it is the
-	// number of system calls that costs.
-	copyBuffer  = 128 << 10
-	largeBuffer = 256 << 10
-	largeCount  = 4
+	// HTTP, unless it is long and gets one of largeBuffers.
+	copyBuffer = 128 << 10
 	// lingerTime is how long a refused body is still read.
 	lingerTime = 10 * time.Second
 	// maxNames bounds the paths of one upload together, in bytes.
@@ -33,22 +30,44 @@ const (
 )
 
 var (
-	copyBuffers  = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
-	largeBuffers = sync.Pool{New: func() any { b := make([]byte, largeBuffer); return &b }}
-	largeInUse   = make(chan struct{}, largeCount)
-	bodyReaders  = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
+	copyBuffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+	bodyReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, copyBuffer/2) }}
 )
 
-// lendBuffer lends a buffer for a transfer, until giveBack is called.
-func lendBuffer() (buf []byte, giveBack func()) {
-	select {
-	case largeInUse <- struct{}{}:
-		b := largeBuffers.Get().(*[]byte)
-		return *b, func() { largeBuffers.Put(b); <-largeInUse }
-	default:
-		b := copyBuffers.Get().(*[]byte)
-		return *b, func() { copyBuffers.Put(b) }
+// lendable are buffers of one size, of which few are in use at a time.
+type lendable struct {
+	size  int
+	inUse chan struct{}
+	pool  sync.Pool // of *[]byte
+}
+
+// largeBuffers are for the first long transfers at a time: in a guest it is the
+// number of system calls that costs, and of threads that they wake.
+var largeBuffers = [...]*lendable{
+	{size: 1 << 20, inUse: make(chan struct{}, 2)},
+	{size: 256 << 10, inUse: make(chan struct{}, 4)},
+}
+
+// lendBuffer lends a buffer for a transfer, until giveBack is called. For a long
+// one it is as large as there is.
+func lendBuffer(long bool) (buf []byte, giveBack func()) {
+	for _, l := range largeBuffers {
+		if !long {
+			break
+		}
+		select {
+		case l.inUse <- struct{}{}:
+			b, ok := l.pool.Get().(*[]byte)
+			if !ok {
+				made := make([]byte, l.size)
+				b = &made
+			}
+			return *b, func() { l.pool.Put(b); <-l.inUse }
+		default:
+		}
 	}
+	b := copyBuffers.Get().(*[]byte)
+	return *b, func() { copyBuffers.Put(b) }
 }
 
 // uploaded is how the answer names a written file.
@@ -90,7 +109,7 @@ func refuse(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	writeFault(w, err)
 	if r.ProtoMajor == 1 && rc.Flush() == nil && rc.SetReadDeadline(time.Now().Add(lingerTime)) == nil {
-		copyOut(io.Discard, r.Body, false)
+		copyOut(io.Discard, r.Body, -1, false)
 		rc.SetReadDeadline(time.Time{})
 	}
 }
@@ -304,10 +323,10 @@ func (in *intake) take(name string, body io.Reader, size int64) error {
 
 // fill copies a body into a staged file, a full buffer at a time.
 func fill(t *staged, body io.Reader) error {
-	buf, giveBack := lendBuffer()
-	defer giveBack()
+	buf, giveBack := lendBuffer(false)
+	defer func() { giveBack() }()
 	var rerr error
-	for rerr == nil {
+	for first := true; rerr == nil; first = false {
 		n := 0
 		for n < len(buf) && rerr == nil {
 			var m int
@@ -316,6 +335,10 @@ func fill(t *staged, body io.Reader) error {
 		}
 		if _, err := t.file.Write(buf[:n]); err != nil {
 			return fmt.Errorf("writing '%s': %w", t.path, err)
+		}
+		if first && rerr == nil {
+			giveBack()
+			buf, giveBack = lendBuffer(true)
 		}
 	}
 	if rerr != io.EOF {
