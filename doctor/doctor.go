@@ -174,8 +174,11 @@ type Doctor struct {
 	TryDisks    func(ctx context.Context, dir string) (disk.Capabilities, error)
 
 	// The parts of the product.
-	Engine    func(context.Context) (runtime.Info, error)
-	Earlier   func(context.Context) ([]EarlierEngine, error)
+	Engine  func(context.Context) (runtime.Info, error)
+	Earlier func(context.Context) ([]EarlierEngine, error)
+	// OtherEnvd returns the sandboxes that run with another envd than the one
+	// that new ones get.
+	OtherEnvd func(context.Context) ([]string, error)
 	Store     func(context.Context) error
 	Blobs     func(context.Context) (blob.Store, error)
 	Owned     func(context.Context) (Owned, error)

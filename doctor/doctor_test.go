@@ -214,6 +214,14 @@ func TestMachines(t *testing.T) {
 			id: "runtime.engines", verdict: OK, evidence: "present engine"},
 		{name: "a snapshot that cannot be read", tree: good(), set: earlier(errTyped),
 			id: "runtime.engines", verdict: Fail, evidence: "gone"},
+		{name: "sandboxes with another envd", tree: good(), set: func(d *Doctor) {
+			d.OtherEnvd = func(context.Context) ([]string, error) {
+				return strings.Split("i1 i2 i3 i4 i5 i6 i7 i8 i9", " "), nil
+			}
+		}, id: "runtime.envd", verdict: OK, evidence: "another one in i1, i2, i3, i4, i5, i6, i7, i8 and 1 more", repair: "cay sandbox upgrade --all"},
+		{name: "records that cannot be read", tree: good(), set: func(d *Doctor) {
+			d.OtherEnvd = func(context.Context) ([]string, error) { return nil, errTyped }
+		}, id: "runtime.envd", verdict: Fail, evidence: "gone"},
 		{name: "no mmdebstrap", tree: good(), set: func(d *Doctor) { d.LookPath = func(string) (string, error) { return "", errPlain } }, id: "template.tools", verdict: Warn, evidence: "mmdebstrap", repair: "apt-get install mmdebstrap"},
 		{name: "no template", tree: good(), set: func(d *Doctor) { d.Templates = func(context.Context, bool) ([]Template, error) { return nil, nil } }, id: "template.builds", verdict: Warn, evidence: "there is none"},
 		{name: "template without a layer", tree: good(), set: func(d *Doctor) {

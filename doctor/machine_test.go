@@ -145,10 +145,11 @@ func goodDoctor(t *testing.T, files tree) *Doctor {
 		Engine: func(context.Context) (runtime.Info, error) {
 			return runtime.Info{Name: "gvisor", Version: "v1", Platform: "systrap"}, nil
 		},
-		Earlier: func(context.Context) ([]EarlierEngine, error) { return nil, nil },
-		Store:   func(context.Context) error { return nil },
-		Blobs:   func(context.Context) (blob.Store, error) { return &blobtest.Memory{}, nil },
-		Owned:   func(context.Context) (Owned, error) { return Owned{}, nil },
+		Earlier:   func(context.Context) ([]EarlierEngine, error) { return nil, nil },
+		OtherEnvd: func(context.Context) ([]string, error) { return nil, nil },
+		Store:     func(context.Context) error { return nil },
+		Blobs:     func(context.Context) (blob.Store, error) { return &blobtest.Memory{}, nil },
+		Owned:     func(context.Context) (Owned, error) { return Owned{}, nil },
 		Templates: func(context.Context, bool) ([]Template, error) {
 			return []Template{{Name: "base", Build: "b1", Bytes: 600 * mib}}, nil
 		},

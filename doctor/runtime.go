@@ -11,6 +11,7 @@ var runtimeChecks = []check{
 	{id: "runtime.server", title: "server", run: needRoot(checkServer)},
 	{id: "runtime.engine", title: "engine", run: needRoot(checkEngine), alone: true, limit: 30 * time.Second},
 	{id: "runtime.engines", title: "engines of snapshots", run: needRoot(checkEngines)},
+	{id: "runtime.envd", title: "envd of sandboxes", run: needRoot(checkEnvd)},
 }
 
 func checkServer(ctx context.Context, d *Doctor) Finding {
@@ -78,15 +79,37 @@ func (e EarlierEngine) holders() string {
 		what string
 		ids  []string
 	}{{"snapshots", e.Snapshots}, {"sandboxes", e.Guests}} {
-		const shown = 8
-		if len(h.ids) == 0 {
-			continue
+		if len(h.ids) > 0 {
+			who = append(who, h.what+" "+some(h.ids))
 		}
-		text := h.what + " " + strings.Join(h.ids[:min(shown, len(h.ids))], ", ")
-		if n := len(h.ids) - shown; n > 0 {
-			text += fmt.Sprintf(" and %d more", n)
-		}
-		who = append(who, text)
 	}
 	return strings.Join(who, ", ")
+}
+
+// some names the first of many.
+func some(ids []string) string {
+	const shown = 8
+	text := strings.Join(ids[:min(shown, len(ids))], ", ")
+	if n := len(ids) - shown; n > 0 {
+		text += fmt.Sprintf(" and %d more", n)
+	}
+	return text
+}
+
+// checkEnvd says which sandboxes have another envd than new ones, which does no
+// harm: they were started by another version of Cay.
+func checkEnvd(ctx context.Context, d *Doctor) Finding {
+	if d.OtherEnvd == nil {
+		return skip("the data directory was never used")
+	}
+	other, err := d.OtherEnvd(ctx)
+	if err != nil {
+		return failed(err, "the records below run/ in the data directory cannot be read; what they name runs on")
+	}
+	if len(other) == 0 {
+		return ok("every sandbox that runs has the present one")
+	}
+	f := ok("another one in %s", some(other))
+	f.Repair = "`cay sandbox upgrade --all` gives them the present one; their processes go on"
+	return f
 }

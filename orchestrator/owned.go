@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/cayhq/cay"
 )
 
 // Owned returns what the records in dir name: executions, which are also the
@@ -22,6 +24,19 @@ func Owned(dir string) (executions []string, slots []int, err error) {
 		}
 	}
 	return executions, slots, errors.Join(errs...)
+}
+
+// EnvdHolders returns the sandboxes whose record is in dir by the envd that they
+// have; those of whom that is not known are under "". It only reads, as Owned.
+func EnvdHolders(dir string) (map[cay.Digest][]cay.SandboxID, error) {
+	recs, errs := readRecords(dir)
+	out := map[cay.Digest][]cay.SandboxID{}
+	for _, r := range recs {
+		if r.Sandbox != "" && r.Phase != ending {
+			out[r.Envd] = append(out[r.Envd], r.Sandbox)
+		}
+	}
+	return out, errors.Join(errs...)
 }
 
 // readRecords reads the records in a directory and changes nothing there.

@@ -116,6 +116,7 @@ func newDoctor(ctx context.Context, cfg settings.Settings) (*doctor.Doctor, func
 	d.Earlier = func(context.Context) ([]doctor.EarlierEngine, error) {
 		return earlierEngines(engineFiles{h.rt.Programs}, h.orch.Dir, h.orch.SnapshotDir)
 	}
+	d.OtherEnvd = func(context.Context) ([]string, error) { return otherEnvd(dir.path("run", "orchestrator")) }
 	open := sync.OnceValues(func() (*file.Store, error) { return file.Open(ctx, dir.path("blobs")) })
 	d.Blobs = func(context.Context) (blob.Store, error) { return open() }
 	if _, err := os.Stat(dir.path("cay.db")); err == nil {
@@ -165,6 +166,26 @@ func earlierEngines(files engineFiles, records, snapshots string) ([]doctor.Earl
 		return cmp.Or(strings.Compare(a.Version, b.Version), strings.Compare(a.Program, b.Program))
 	})
 	return out, nil
+}
+
+// otherEnvd lists the sandboxes that have another envd than this program gives.
+func otherEnvd(records string) ([]string, error) {
+	present, err := envdForGuests()
+	if err != nil || present.Digest == "" {
+		return nil, err
+	}
+	holders, err := orchestrator.EnvdHolders(records)
+	var out []string
+	for digest, ids := range holders {
+		if digest == present.Digest {
+			continue
+		}
+		for _, id := range ids {
+			out = append(out, string(id))
+		}
+	}
+	slices.Sort(out)
+	return out, err
 }
 
 // mostTemplates bounds the check of templates.
