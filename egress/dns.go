@@ -232,17 +232,23 @@ func (g *guest) pinned(ctx context.Context, p *policy, name string, a netip.Addr
 	if g.pins.has(name, a, g.server.now()) {
 		return true
 	}
-	if !p.resolves(name) || !g.queries.Allow() {
+	if !p.resolves(name) {
 		return false
 	}
 	typ := dnsmessage.TypeA
 	if a.Is6() {
 		typ = dnsmessage.TypeAAAA
 	}
-	if _, _, err := g.lookup(ctx, name, typ); err != nil {
-		g.server.log().Debug("a sandbox's name was not resolved", "sandbox", g.Sandbox, "name", name, "error", err)
-		return false
-	}
+	// Many connections that come at once wait for one answer.
+	_, _, _ = g.lookups.Do(typ.String()+name, func() (any, error) {
+		if g.pins.has(name, a, g.server.now()) || !g.queries.Allow() {
+			return nil, nil
+		}
+		if _, _, err := g.lookup(ctx, name, typ); err != nil {
+			g.server.log().Debug("a sandbox's name was not resolved", "sandbox", g.Sandbox, "name", name, "error", err)
+		}
+		return nil, nil
+	})
 	return g.pins.has(name, a, g.server.now())
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
 
 	"github.com/cayhq/cay"
@@ -29,6 +30,8 @@ type guest struct {
 	limits Limits
 	policy atomic.Pointer[policy]
 	pins   pins
+	// lookups are those of pinned under way.
+	lookups singleflight.Group
 
 	arrivals, queries *rate.Limiter
 	complaints        *rate.Limiter // of what is over a limit

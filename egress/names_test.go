@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -315,6 +317,38 @@ func TestPinsAreFoundAgain(t *testing.T) {
 	in = attach(t, w, s, onlyNames("api.example.com"))
 	if got := in.try("5.5.5.5:443", hello(t, "api.example.com")); got != "here" {
 		t.Errorf("after the restart: %q", got)
+	}
+}
+
+// Many connections by a name that is not known wait for one answer, and none is
+// refused because the others have asked too often.
+func TestPinsAreFoundOnce(t *testing.T) {
+	const n = 500 // more than a sandbox may ask at once
+	w := newWorld(t, "api.example.com A 5.5.5.5")
+	s := newServer(t, w)
+	in := attach(t, w, s, onlyNames("api.example.com"))
+	s.mu.Lock()
+	g := s.guests[in.id]
+	s.mu.Unlock()
+	w.mu.Lock() // the name server is slow
+	var come, found atomic.Int32
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			come.Add(1)
+			if g.pinned(t.Context(), g.policy.Load(), "api.example.com", netip.MustParseAddr("5.5.5.5")) {
+				found.Add(1)
+			}
+		})
+	}
+	eventually(t, func() bool { return come.Load() == n }, "not all have come")
+	w.mu.Unlock()
+	wg.Wait()
+	if found.Load() != n {
+		t.Errorf("%d of %d found the name", found.Load(), n)
+	}
+	if asked := w.queries(); len(asked) != 1 {
+		t.Errorf("the name server was asked %d times", len(asked))
 	}
 }
 
