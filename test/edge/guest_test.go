@@ -45,13 +45,17 @@ func services() http.Handler {
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) })
 	mux.HandleFunc("/sse", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
+		every, err := time.ParseDuration(r.FormValue("every"))
+		if err != nil {
+			every = 20 * time.Millisecond
+		}
 		for i := 0; ; i++ {
 			fmt.Fprintf(w, "data: event %d\n\n", i)
 			w.(http.Flusher).Flush()
 			select {
 			case <-r.Context().Done():
 				return
-			case <-time.After(20 * time.Millisecond):
+			case <-time.After(every):
 			}
 		}
 	})
