@@ -137,6 +137,11 @@ func TestMachines(t *testing.T) {
 		{name: "forwarding off under the server", tree: good().with(tree{"proc/sys/net/ipv4/ip_forward": "0"}), set: running(5), id: "network.forwarding", verdict: Fail, evidence: "switched it off since", repair: "sysctl -w net.ipv4.ip_forward=1"},
 		{name: "forwarding off and fixed", tree: good().with(tree{"proc/sys/net/ipv4/ip_forward": "0", "proc/self/mountinfo": "9 1 0:5 / /proc/sys ro - proc proc rw"}), id: "network.forwarding", verdict: Fail, evidence: "read-only", repair: "--sysctl"},
 		{name: "no default route", tree: good().with(tree{"proc/net/route": routeHeader}), id: "network.route", verdict: Warn, evidence: "no default route"},
+		{name: "no IPv6 in the kernel", tree: good(), id: "network.ipv6", verdict: OK, evidence: "off: this machine's kernel"},
+		{name: "no way by IPv6", tree: good().with(tree{"proc/net/ipv6_route": noRoute6}), id: "network.ipv6", verdict: OK, evidence: "no default route"},
+		{name: "private IPv6", tree: good().with(tree{"proc/net/ipv6_route": noRoute6 + defaultRoute6, "proc/net/if_inet6": address6("fd00", "eth0")}), id: "network.ipv6", verdict: OK, evidence: "no public address"},
+		{name: "IPv6", tree: good().with(tree{"proc/net/ipv6_route": noRoute6 + defaultRoute6, "proc/net/if_inet6": address6("fe80", "eth0") + address6("2606", "eth0")}),
+			id: "network.ipv6", verdict: OK, evidence: "on, in the name of 2606::2 by eth0"},
 		{name: "range in use", tree: good().with(tree{"proc/net/route": routeHeader + defaultRoute + "tun0\t0040C10A\t00000000\t0001\t0\t0\t0\t00C0FFFF\t0\t0\t0\n"}),
 			id: "network.range", verdict: Fail, evidence: "reaches 10.193.64.0/18 by tun0", repair: "--sandbox-cidr"},
 		{name: "range in use by Cay", tree: good().with(tree{"proc/net/route": routeHeader + "cyabc123-1\t0000C10A\t00000000\t0001\t0\t0\t0\tFEFFFFFF\t0\t0\t0\n"}), id: "network.range", verdict: OK, evidence: "not used"},
@@ -251,7 +256,7 @@ func TestMachines(t *testing.T) {
 }
 
 func TestChecksHaveStableNames(t *testing.T) {
-	form := regexp.MustCompile(`^(host|network|storage|runtime|template|leftovers|deep)\.[a-z]+$`)
+	form := regexp.MustCompile(`^(host|network|storage|runtime|template|leftovers|deep)\.[a-z0-9]+$`)
 	seen := map[string]bool{}
 	for _, c := range append(checks(), trialCheck) {
 		if !form.MatchString(c.id) || seen[c.id] || c.title == "" || c.run == nil {

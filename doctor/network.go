@@ -22,6 +22,7 @@ var networkChecks = []check{
 	{id: "network.firewall", title: "firewall", run: checkFirewall},
 	{id: "network.forwarding", title: "forwarding", run: checkForwarding},
 	{id: "network.route", title: "way to the internet", run: checkRoute},
+	{id: "network.ipv6", title: "sandboxes and IPv6", run: checkIPv6},
 	{id: "network.range", title: "address range", run: checkRange},
 	{id: "network.resolver", title: "name servers", run: checkResolver},
 	{id: "network.domain", title: "sandbox domain", run: checkDomain},
@@ -186,6 +187,36 @@ func checkRoute(_ context.Context, d *Doctor) Finding {
 	}
 	return warn("this machine has no default route: sandboxes reach nothing outside",
 		"`ip route add default via GATEWAY`, if they are meant to")
+}
+
+// checkIPv6 says whether sandboxes get IPv6, which they do where the machine has
+// it: see network.HasIPv6, which asks the kernel for the same.
+func checkIPv6(_ context.Context, d *Doctor) Finding {
+	routes, err := fs.ReadFile(d.Root, "proc/net/ipv6_route")
+	if err != nil {
+		return ok("off: this machine's kernel has no IPv6")
+	}
+	link := ""
+	for line := range strings.Lines(string(routes)) {
+		f := strings.Fields(line)
+		if len(f) == 10 && strings.Trim(f[0]+f[1], "0") == "" && f[9] != "lo" {
+			link = f[9]
+		}
+	}
+	if link == "" {
+		return ok("off: this machine has no default route of IPv6")
+	}
+	addrs, err := fs.ReadFile(d.Root, "proc/net/if_inet6")
+	if err != nil {
+		return skip("/proc/net/if_inet6 cannot be read: %v", err)
+	}
+	for line := range strings.Lines(string(addrs)) {
+		b, err := hex.DecodeString(strings.Fields(line + " -")[0])
+		if a, is := netip.AddrFromSlice(b); err == nil && is && a.Is6() && !network.IsRefused(a) {
+			return ok("on, in the name of %s by %s", a, link)
+		}
+	}
+	return ok("off: this machine has no public address of IPv6")
 }
 
 func checkRange(_ context.Context, d *Doctor) Finding {

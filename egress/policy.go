@@ -78,8 +78,8 @@ func (p *policy) asks(port uint16, open bool) bool {
 	return !p.names.empty()
 }
 
-// prefixes finds the longest of many prefixes that holds an address. A prefix
-// of no bits holds every address, of both families.
+// prefixes finds the longest of many prefixes that holds an address. 0.0.0.0/0
+// holds every address, of both families.
 type prefixes struct {
 	all  bool
 	bits []int // that occur, longest first
@@ -89,7 +89,7 @@ type prefixes struct {
 func newPrefixes(ps []netip.Prefix) prefixes {
 	out := prefixes{set: map[netip.Prefix]struct{}{}}
 	for _, p := range ps {
-		if p.Bits() == 0 {
+		if p.Bits() == 0 && p.Addr().Is4() {
 			out.all = true
 			continue
 		}

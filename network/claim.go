@@ -17,8 +17,12 @@ import (
 	"github.com/cayhq/cay"
 )
 
-// forwardSysctl is the one host-wide setting the pool needs.
-const forwardSysctl = "ipv4/ip_forward"
+// The host-wide settings that the pool needs; the second where guests have
+// IPv6.
+const (
+	forwardSysctl  = "ipv4/ip_forward"
+	forward6Sysctl = "ipv6/conf/all/forwarding"
+)
 
 // ledger is what the pools of one machine (one host namespace) agree on: who
 // has which block of addresses, and what the host-wide setting was before the
@@ -28,6 +32,11 @@ type ledger struct {
 	// Forward is the value of ip_forward to restore when the last claim goes;
 	// empty when no pool changed it.
 	Forward string `json:"forward,omitempty"`
+	// Forward6 is the same of IPv6. Adverts are the links that took their routes
+	// from router advertisements, which a machine that forwards does only when
+	// it is told so.
+	Forward6 string   `json:"forward6,omitempty"`
+	Adverts  []string `json:"adverts,omitempty"`
 }
 
 type claim struct {
@@ -74,7 +83,7 @@ func (p *Pool) withLedger(f func(*ledger) error) error {
 	if err := f(&l); err != nil {
 		return err
 	}
-	if len(l.Claims) == 0 && l.Forward == "" {
+	if len(l.Claims) == 0 && l.Forward == "" && l.Forward6 == "" {
 		// The lock file stays: one who waits for it would get the lock of a
 		// file that has no name any more.
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -120,6 +129,11 @@ func (p *Pool) take(install func() error) error {
 				l.Forward = was
 			}
 		}
+		if p.six {
+			if err := l.forward6(); err != nil {
+				return fmt.Errorf("switching on IPv6 forwarding: %w", err)
+			}
+		}
 		return install()
 	})
 }
@@ -132,13 +146,60 @@ func (p *Pool) giveBack() error {
 		if err := p.forgetStale(l); err != nil {
 			return err
 		}
-		if len(l.Claims) > 0 || l.Forward == "" {
+		if len(l.Claims) > 0 {
 			return nil
 		}
-		err := sysctl(forwardSysctl, l.Forward)
-		l.Forward = ""
-		return err
+		var err error
+		if l.Forward != "" {
+			err = sysctl(forwardSysctl, l.Forward)
+			l.Forward = ""
+		}
+		return errors.Join(err, l.restore6())
 	})
+}
+
+// acceptAdverts is a link's setting: 1 takes router advertisements unless the
+// machine forwards, 2 takes them all the same.
+func acceptAdverts(link string) string { return "ipv6/conf/" + link + "/accept_ra" }
+
+// forward6 switches on IPv6 forwarding, and lets the links that listen to
+// routers go on with it.
+func (l *ledger) forward6() error {
+	was, err := readSysctl(forward6Sysctl)
+	if err != nil || was == "1" {
+		return err
+	}
+	links, err := os.ReadDir("/proc/sys/net/ipv6/conf")
+	if err != nil {
+		return err
+	}
+	for _, link := range links {
+		if name := link.Name(); name != "all" && name != "default" {
+			if v, err := readSysctl(acceptAdverts(name)); err == nil && v == "1" && sysctl(acceptAdverts(name), "2") == nil {
+				l.Adverts = append(l.Adverts, name)
+			}
+		}
+	}
+	if err := sysctl(forward6Sysctl, "1"); err != nil {
+		return err
+	}
+	if l.Forward6 == "" {
+		l.Forward6 = was
+	}
+	return nil
+}
+
+// restore6 makes the host's settings of IPv6 what they were.
+func (l *ledger) restore6() error {
+	if l.Forward6 == "" {
+		return nil
+	}
+	err := sysctl(forward6Sysctl, l.Forward6)
+	for _, name := range l.Adverts {
+		_ = sysctl(acceptAdverts(name), "1") // the link may be gone
+	}
+	l.Forward6, l.Adverts = "", nil
+	return err
 }
 
 // forgetStale drops claims of pools of which the host holds nothing: their

@@ -26,6 +26,8 @@ type Diverted struct {
 	TCP    net.Listener
 	DNS    net.PacketConn
 	DNSTCP net.Listener
+	// IPv6 says that the guest has it; the sockets are of both families then.
+	IPv6 bool
 }
 
 // Close closes all three.
@@ -40,17 +42,21 @@ func (d Diverted) Close() error {
 // Divert opens the sockets of a slot in use. The caller closes them before it
 // releases the slot.
 func (p *Pool) Divert(ctx context.Context, index int) (Diverted, error) {
-	var d Diverted
+	d := Diverted{IPv6: p.slotHas6(index)}
 	err := p.inRouter(index, func() (err error) {
-		at := func(port uint16) string { return netip.AddrPortFrom(gatewayAddr, port).String() }
+		tcp, udp, gateway := "tcp4", "udp4", gatewayAddr
+		if d.IPv6 {
+			tcp, udp, gateway = "tcp", "udp", netip.IPv6Unspecified()
+		}
+		at := func(port uint16) string { return netip.AddrPortFrom(gateway, port).String() }
 		var l net.ListenConfig
-		if d.TCP, err = l.Listen(ctx, "tcp4", at(StreamPort)); err != nil {
+		if d.TCP, err = l.Listen(ctx, tcp, at(StreamPort)); err != nil {
 			return err
 		}
-		if d.DNSTCP, err = l.Listen(ctx, "tcp4", at(ResolverPort)); err != nil {
+		if d.DNSTCP, err = l.Listen(ctx, tcp, at(ResolverPort)); err != nil {
 			return errors.Join(err, d.TCP.Close())
 		}
-		if d.DNS, err = l.ListenPacket(ctx, "udp4", at(ResolverPort)); err != nil {
+		if d.DNS, err = l.ListenPacket(ctx, udp, at(ResolverPort)); err != nil {
 			return errors.Join(err, d.TCP.Close(), d.DNSTCP.Close())
 		}
 		return nil
@@ -72,11 +78,18 @@ func Destination(c net.Conn) (netip.AddrPort, error) {
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
-	var sa unix.RawSockaddrInet4
+	var sa unix.RawSockaddrInet6 // long enough for both
+	four := (*unix.RawSockaddrInet4)(unsafe.Pointer(&sa))
+	// IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h has the same
+	// number.
+	level := unix.SOL_IPV6
+	if a, ok := t.RemoteAddr().(*net.TCPAddr); ok && a.IP.To4() != nil {
+		level = unix.SOL_IP
+	}
 	var errno unix.Errno
 	err = raw.Control(func(fd uintptr) {
 		size := uint32(unsafe.Sizeof(sa))
-		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_IP, unix.SO_ORIGINAL_DST,
+		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(level), unix.SO_ORIGINAL_DST,
 			uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), 0)
 	})
 	if err != nil {
@@ -85,8 +98,12 @@ func Destination(c net.Conn) (netip.AddrPort, error) {
 	if errno != 0 {
 		return netip.AddrPort{}, os.NewSyscallError("getsockopt", errno)
 	}
-	port := (*[2]byte)(unsafe.Pointer(&sa.Port)) // in network order
-	return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(port[0])<<8|uint16(port[1])), nil
+	addr := netip.AddrFrom16(sa.Addr)
+	if level == unix.SOL_IP {
+		addr = netip.AddrFrom4(four.Addr)
+	}
+	port := (*[2]byte)(unsafe.Pointer(&sa.Port)) // in network order, at the same place in both
+	return netip.AddrPortFrom(addr, uint16(port[0])<<8|uint16(port[1])), nil
 }
 
 // Dial opens a TCP connection outwards from a slot's router, for the server
@@ -94,20 +111,24 @@ func Destination(c net.Conn) (netip.AddrPort, error) {
 // that is always refused is refused before anything is sent.
 func (p *Pool) Dial(ctx context.Context, index int, to netip.AddrPort) (net.Conn, error) {
 	a := to.Addr().Unmap()
-	if !a.Is4() || within(p.special, a) {
+	if !a.IsValid() || within(p.special, a) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: os.NewSyscallError("connect", unix.ECONNREFUSED)}
 	}
 	// Only the socket is made on a thread in the router: a thread for as long
 	// as somebody takes to answer is more than a guest may cost.
 	var fd int
 	err := p.inRouter(index, func() (err error) {
-		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		fd, err = unix.Socket(family(a), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 		return os.NewSyscallError("socket", err)
 	})
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: a.As4()})
+	var sa unix.Sockaddr = &unix.SockaddrInet6{Port: int(to.Port()), Addr: a.As16()}
+	if a.Is4() {
+		sa = &unix.SockaddrInet4{Port: int(to.Port()), Addr: a.As4()}
+	}
+	err = unix.Connect(fd, sa)
 	f := os.NewFile(uintptr(fd), "tcp "+to.String())
 	defer f.Close() // FileConn makes a copy
 	if errors.Is(err, unix.EINPROGRESS) {

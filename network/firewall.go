@@ -20,7 +20,7 @@ const beforeDNAT = -150
 // that a slot costs no rule.
 func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
 	t := insteadOf(c, p.tableName())
-	refused := t.ranges("refused", p.special)
+	refused := t.ranges("refused", p.six, p.special)
 	internet := t.interfaces(internetSet, open)
 	ours := p.linkPrefix()
 
@@ -28,12 +28,14 @@ func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
 	because := func(word string) words { return t.because(p.group, word) }
 
 	guest := t.chain("guest")
-	guest(ipv6(), drop())
+	if !p.six {
+		guest(ipv6(), drop())
+	}
 	guest(invalid(), drop())
 	guest(spoofed(), drop())
 	guest(answer(), accept())
 	guest(toLocal(), because(bySelf))
-	guest(toSet(refused), because(bySpecial))
+	refused.each(guest, because(bySpecial))
 	guest(iifNotIn(internet), because(byDeny))
 
 	t.base("first", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeDNAT)(iifPrefix(ours), jump("guest"))
@@ -44,13 +46,16 @@ func hostFirewall(c *nftables.Conn, p *Pool, open []string) error {
 
 	forward := t.base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, 0)
 	forward(iifPrefix(ours), oifPrefix(ours), drop())
-	forward(iifPrefix(ours), toSet(refused), drop()) // again: somebody's DNAT may have changed it
+	refused.each(func(w ...words) { forward(append([]words{iifPrefix(ours)}, w...)...) }, drop()) // again: somebody's DNAT may have changed it
 	forward(iifPrefix(ours), accept())
 	forward(oifPrefix(ours), answer(), accept())
 	forward(oifPrefix(ours), drop())
 
-	t.base("leave", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, 100)(
-		fromPrefix(p.block), oifNotPrefix(ours), masquerade())
+	leave := t.base("leave", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, 100)
+	leave(fromPrefix(p.block), oifNotPrefix(ours), masquerade())
+	if p.six {
+		leave(fromPrefix(p.block6()), oifNotPrefix(ours), masquerade())
+	}
 
 	t.limitTeams(p)
 	return t.commit()
@@ -162,9 +167,10 @@ const (
 )
 
 // routerFirewall puts a slot's own half of a policy in force, in its router
-// namespace. The chain egress is [policy.judge] in the kernel's words.
-func (p *Pool) routerFirewall(t *table, a addresses, pol policy) error {
-	special := t.ranges("special", p.special)
+// namespace; six says that the slot has IPv6. The chain egress is
+// [policy.judge] in the kernel's words.
+func (p *Pool) routerFirewall(t *table, a addresses, six bool, pol policy) error {
+	special := t.ranges("special", six, p.special)
 	refuse(t.chain(refuseChain))
 	group := uint16(0)
 	if p.group != 0 {
@@ -179,26 +185,26 @@ func (p *Pool) routerFirewall(t *table, a addresses, pol policy) error {
 		}
 		egress(tcp(), mark(streamMark), back())
 	}
-	if len(pol.allow) > 0 {
-		egress(toSet(t.ranges("allow", pol.allow)), back())
-	}
+	t.ranges("allow", six, pol.allow).each(egress, back())
 	if pol.hidden {
 		egress(udp(), toPort(portQUIC), because(byName))
 	}
-	if len(pol.deny) > 0 {
-		egress(toSet(t.ranges("deny", pol.deny)), because(byDeny))
-	}
+	t.ranges("deny", six, pol.deny).each(egress, because(byDeny))
 
 	limits := t.chain("limits")
 	limits(over(p.Limits.connections()), because(byConnections))
 	limits(faster(p.Limits.perSecond(), uint32(2*p.Limits.perSecond())), because(byRate))
 
 	guest := t.chain("guest")
-	guest(ipv6(), drop())
+	if six {
+		guest(notFrom(guestAddr6), drop())
+	} else {
+		guest(ipv6(), drop())
+	}
 	guest(invalid(), drop()) // it would leave untranslated
 	guest(notFrom(guestAddr), drop())
 	guest(answer(), accept())
-	guest(toSet(special), because(bySpecial))
+	special.each(guest, because(bySpecial))
 	guest(toLocal(), because(bySelf))
 	guest(jump("egress"))
 	guest(isNew(), jump("limits"))
@@ -220,7 +226,8 @@ func (p *Pool) routerFirewall(t *table, a addresses, pol policy) error {
 	input(drop())
 
 	// What a listener's server sends is judged by it; the wall stays.
-	t.base("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, 0)(oif(upLink), isNew(), toSet(special), drop())
+	output := t.base("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, 0)
+	special.each(func(w ...words) { output(append([]words{oif(upLink), isNew()}, w...)...) }, drop())
 
 	forward := t.base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, 0)
 	forward(iif(guestLink), anyMark(), because(byName)) // a connection from before the policy, which goes another way

@@ -2,9 +2,11 @@ package network
 
 import (
 	"bufio"
+	"errors"
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -14,6 +16,9 @@ import (
 
 // defaultMTU is Ethernet's.
 const defaultMTU = 1500
+
+// leastMTU6 is the least that IPv6 takes (RFC 8200, 5).
+const leastMTU6 = 1280
 
 // mtu is that of the narrowest link a default route leads through, at most
 // Ethernet's: cloud and tunnel links carry less, and a guest that sends more
@@ -37,6 +42,45 @@ func mtu(h *netlink.Handle) int {
 		}
 	}
 	return out
+}
+
+// HasIPv6 reports whether this machine reaches the internet by IPv6: a default
+// route, and an address that the internet could answer to.
+func HasIPv6() (bool, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return false, err
+	}
+	defer h.Close()
+	return hasIPv6(h)
+}
+
+func hasIPv6(h *netlink.Handle) (bool, error) {
+	routes, err := h.RouteList(nil, netlink.FAMILY_V6)
+	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	leads := slices.ContainsFunc(routes, func(r netlink.Route) bool {
+		if r.Type != unix.RTN_UNICAST {
+			return false
+		}
+		if r.Dst == nil {
+			return true
+		}
+		ones, _ := r.Dst.Mask.Size()
+		return ones == 0
+	})
+	if !leads {
+		return false, nil
+	}
+	addrs, err := h.AddrList(nil, netlink.FAMILY_V6)
+	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		return ok && ip.Is6() && !ip.Is4In6() && !IsRefused(ip)
+	}), err
 }
 
 // makeNamespaceDir makes the directory of named namespaces the way ip-netns(8)

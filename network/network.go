@@ -81,6 +81,7 @@ type Pool struct {
 	block   netip.Prefix
 	special []span // what no guest reaches, whatever its policy
 	mtu     int
+	six     bool // slots get IPv6
 	host    *netlink.Handle
 	group   uint16    // of the host's log; 0 if the kernel has none
 	ears    *listener // to that group
@@ -178,9 +179,14 @@ func (p *Pool) prepare() error {
 		return fail("making the directory of namespaces", err)
 	}
 	p.mtu = mtu(p.host)
+	six, err := hasIPv6(p.host)
+	if err != nil {
+		return fail("looking at the host's IPv6", err)
+	}
+	p.six = six && p.mtu >= leastMTU6
 	p.special = spans(append(append(Refused(), p.Refuse...), p.cidr()))
 	var open []string
-	err := p.take(func() (err error) {
+	err = p.take(func() (err error) {
 		now := &nftables.Conn{}
 		if open, err = openSlots(now, p); err == nil {
 			p.teams, err = readTeams(now, p)
@@ -572,7 +578,7 @@ func (p *Pool) forget(indexes []int) error {
 	for _, i := range indexes {
 		links = append(links, p.link(i))
 		a := p.addresses(i)
-		f[a.host], f[a.slot] = true, true
+		f[a.host], f[a.slot], f[a.host6], f[a.slot6] = true, true, true, true
 	}
 	if err := p.deny(links...); err != nil {
 		return fmt.Errorf("closing the host's rules: %w", err)
@@ -580,8 +586,14 @@ func (p *Pool) forget(indexes []int) error {
 	if err := p.leaveTeams(indexes); err != nil {
 		return fmt.Errorf("ending the counts of teams: %w", err)
 	}
-	if _, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
-		return fmt.Errorf("ending tracked connections: %w", err)
+	families := []netlink.InetFamily{unix.AF_INET}
+	if p.six {
+		families = append(families, unix.AF_INET6)
+	}
+	for _, family := range families {
+		if _, err := p.host.ConntrackDeleteFilters(netlink.ConntrackTable, family, f); err != nil {
+			return fmt.Errorf("ending tracked connections: %w", err)
+		}
 	}
 	if err := hangUp(f); err != nil {
 		return fmt.Errorf("ending the host's own connections: %w", err)
@@ -771,6 +783,11 @@ func (p *Pool) cidr() netip.Prefix {
 
 // blockBits is the prefix of a block: a sixteenth of the range.
 func (p *Pool) blockBits() int { return max(p.cidr().Bits()+4, 20) }
+
+// block6 holds the addresses of the slots' links in IPv6.
+func (p *Pool) block6() netip.Prefix {
+	return netip.PrefixFrom(in6(p.block.Addr()), linkPrefix6.Bits()+p.block.Bits())
+}
 
 // room is how many slots the block has addresses for.
 func (p *Pool) room() int { return 1 << (31 - p.blockBits()) }

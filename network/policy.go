@@ -43,9 +43,9 @@ const (
 	portQUIC = 443
 )
 
-// policy is a [cay.Egress] as packets are judged by it. Guests have no IPv6, so
-// it holds IPv4 ranges only. It is the model of the rules that firewall.go
-// loads; a test holds the two together.
+// policy is a [cay.Egress] as packets are judged by it, in both families. It is
+// the model of the rules that firewall.go loads; a test holds the two together.
+// Whether a slot has IPv6 at all is not its matter.
 type policy struct {
 	of          cay.Egress
 	allow, deny []span
@@ -55,18 +55,28 @@ type policy struct {
 }
 
 func policyOf(e cay.Egress) policy {
-	return policy{of: e, allow: spans(e.Allow), deny: spans(e.Deny), named: e.Named(),
+	return policy{of: e, allow: spans(inBoth(e.Allow)), deny: spans(inBoth(e.Deny)), named: e.Named(),
 		hidden: len(e.AllowNames) > 0 || len(e.Rules) > 0}
+}
+
+// inBoth takes all of IPv4 for all of both families, as [cay.Egress] says.
+func inBoth(ps []netip.Prefix) []netip.Prefix {
+	for _, p := range ps {
+		if p.Addr().Is4() && p.Bits() == 0 {
+			return append(slices.Clone(ps), netip.PrefixFrom(netip.IPv6Unspecified(), 0))
+		}
+	}
+	return ps
 }
 
 // shut reports whether nothing leaves the slot, so that the host's wall can
 // know it too.
 func (p policy) shut() bool {
-	return !p.named && len(p.allow) == 0 && len(p.deny) == 1 && p.deny[0] == everything
+	return !p.named && len(p.allow) == 0 && slices.Equal(p.deny, everything)
 }
 
-// everything is the range of all IPv4 addresses.
-var everything = span{netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("255.255.255.255")}
+// everything is the ranges of all addresses.
+var everything = spans(inBoth([]netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0)}))
 
 // judge says what becomes of a guest's packet that is no answer, and if it is
 // refused, why. special are the ranges that are always refused.
@@ -74,7 +84,7 @@ func (p policy) judge(special []span, protocol uint8, to netip.AddrPort) (verdic
 	a := to.Addr()
 	tcp, udp := protocol == unix.IPPROTO_TCP, protocol == unix.IPPROTO_UDP
 	switch {
-	case !a.Is4() || within(special, a):
+	case !a.IsValid() || within(special, a):
 		return refused, bySpecial
 	case p.named && (tcp || udp) && to.Port() == portDNS:
 		return resolved, ""
@@ -142,7 +152,7 @@ func (p *Pool) enforce(index int, pol policy) error {
 			return fmt.Errorf("opening the host's rules: %w", err)
 		}
 	}
-	if err := p.routerFirewall(insteadOf(c, routerTable), p.addresses(index), pol); err != nil {
+	if err := p.routerFirewall(insteadOf(c, routerTable), p.addresses(index), p.slotHas6(index), pol); err != nil {
 		return fmt.Errorf("loading the router's rules: %w", err)
 	}
 	if pol.shut() {
@@ -196,15 +206,22 @@ func (p *Pool) cut(index int, pol policy) error {
 		return fmt.Errorf("opening the router's table of connections: %w", err)
 	}
 	defer h.Close()
-	for try := 1; ; try++ {
-		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, wrongFilter{pol, p.special})
-		switch {
-		case err == nil:
-			return nil
-		case !errors.Is(err, netlink.ErrDumpInterrupted) || try == cutTries:
-			return fmt.Errorf("ending connections: %w", err)
+	families := []netlink.InetFamily{unix.AF_INET}
+	if p.slotHas6(index) {
+		families = append(families, unix.AF_INET6)
+	}
+	for _, family := range families {
+		for try := 1; ; try++ {
+			_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, wrongFilter{pol, p.special})
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, netlink.ErrDumpInterrupted) || try == cutTries {
+				return fmt.Errorf("ending connections: %w", err)
+			}
 		}
 	}
+	return nil
 }
 
 // cutTries is how often a table of connections is read that changes meanwhile.
@@ -222,11 +239,11 @@ func (f wrongFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
 	to, _ := netip.AddrFromSlice(flow.Forward.DstIP)
 	back, _ := netip.AddrFromSlice(flow.Reverse.SrcIP)
-	if from.Unmap() != guestAddr {
+	if f := from.Unmap(); f != guestAddr && f != guestAddr6 {
 		return false // the host to the guest, or the router itself
 	}
 	v, _ := f.policy.judge(f.special, flow.Forward.Protocol, netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort))
-	diverted := back.Unmap() == gatewayAddr
+	diverted := back.Unmap() == gatewayAddr || back == gatewayAddr6
 	switch v {
 	case passed:
 		return false // also if it is diverted: who serves it there judges it

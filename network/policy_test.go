@@ -350,10 +350,10 @@ func serve(t testing.TB, ns *os.File, addr string) {
 	var l net.Listener
 	var u net.PacketConn
 	err := inFile(ns, func() (err error) {
-		if l, err = net.Listen("tcp4", addr); err != nil {
+		if l, err = net.Listen("tcp", addr); err != nil {
 			return err
 		}
-		u, err = net.ListenPacket("udp4", addr)
+		u, err = net.ListenPacket("udp", addr)
 		return err
 	})
 	if err != nil {

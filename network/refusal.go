@@ -231,14 +231,23 @@ func parseTold(attrs []byte) (told, bool) {
 			t.why = strings.TrimRight(d.String(), "\x00")
 		}
 	}
-	if d.Err() != nil || len(packet) < 20 || packet[0]>>4 != 4 {
+	if d.Err() != nil || len(packet) < 20 {
 		return t, false
 	}
-	t.protocol = packet[9]
-	t.from = netip.AddrFrom4([4]byte(packet[12:16]))
-	to, port := netip.AddrFrom4([4]byte(packet[16:20])), uint16(0)
-	head := int(packet[0]&15) * 4
-	fragment := binary.BigEndian.Uint16(packet[6:8])&0x1fff != 0
+	var to netip.Addr
+	port, head, fragment := uint16(0), 40, false
+	switch v := packet[0] >> 4; {
+	case v == 4:
+		t.protocol = packet[9]
+		t.from, to = netip.AddrFrom4([4]byte(packet[12:16])), netip.AddrFrom4([4]byte(packet[16:20]))
+		head = int(packet[0]&15) * 4
+		fragment = binary.BigEndian.Uint16(packet[6:8])&0x1fff != 0
+	case v == 6 && len(packet) >= head: // with a header in between it has no port
+		t.protocol = packet[6]
+		t.from, to = netip.AddrFrom16([16]byte(packet[8:24])), netip.AddrFrom16([16]byte(packet[24:40]))
+	default:
+		return t, false
+	}
 	switch t.protocol {
 	case unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP:
 		if !fragment && len(packet) >= head+4 {
@@ -288,8 +297,13 @@ func (p *Pool) hearHost() (uint16, *mdnetlink.Conn) {
 func (p *Pool) noteHost(x told) {
 	p.mu.Lock()
 	var t *tenant
-	if p.block.Contains(x.from) {
-		b, a := p.block.Addr().As4(), x.from.As4()
+	from := x.from
+	if linkPrefix6.Contains(from) {
+		b := from.As16()
+		from = netip.AddrFrom4([4]byte(b[12:]))
+	}
+	if p.block.Contains(from) {
+		b, a := p.block.Addr().As4(), from.As4()
 		t = p.tenants[int(binary.BigEndian.Uint32(a[:])-binary.BigEndian.Uint32(b[:]))/2]
 	}
 	p.mu.Unlock()
@@ -362,7 +376,7 @@ func protocolName(n uint8) string {
 		return "tcp"
 	case unix.IPPROTO_UDP:
 		return "udp"
-	case unix.IPPROTO_ICMP:
+	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
 		return "icmp"
 	case unix.IPPROTO_SCTP:
 		return "sctp"

@@ -82,14 +82,12 @@ func IsRefused(a netip.Addr) bool {
 // span is a range of addresses, both ends included.
 type span struct{ first, last netip.Addr }
 
-// spans turns the IPv4 prefixes of ps into sorted ranges that neither overlap
-// nor touch, which is what an nftables interval set takes.
+// spans turns prefixes into sorted ranges, IPv4 first, that neither overlap nor
+// touch, which is what an nftables interval set takes.
 func spans(ps []netip.Prefix) []span {
 	var in []span
 	for _, p := range ps {
-		if p.Addr().Is4() {
-			in = append(in, span{p.Masked().Addr(), lastOf(p)})
-		}
+		in = append(in, span{p.Masked().Addr(), lastOf(p)})
 	}
 	slices.SortFunc(in, func(a, b span) int { return a.first.Compare(b.first) })
 	var out []span
@@ -105,11 +103,12 @@ func spans(ps []netip.Prefix) []span {
 	return out
 }
 
-// lastOf returns the highest address of an IPv4 prefix.
+// lastOf returns the highest address of a prefix.
 func lastOf(p netip.Prefix) netip.Addr {
-	a := p.Masked().Addr().As4()
-	for i := p.Bits(); i < 32; i++ {
+	a := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < 8*len(a); i++ {
 		a[i/8] |= 0x80 >> (i % 8)
 	}
-	return netip.AddrFrom4(a)
+	last, _ := netip.AddrFromSlice(a) // of that length
+	return last
 }

@@ -63,36 +63,48 @@ func opening() words {
 		compare(expr.CmpOpEq, []byte{0x02}))
 }
 
-// Offsets of the addresses in an IPv4 header.
-const (
-	sourceOffset = 12
-	destOffset   = 16
-)
+// source and dest read an address of a packet of one family.
+func source(six bool) words {
+	if six {
+		return append(ipv6(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16})
+	}
+	return append(ipv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4})
+}
 
-func ipField(offset uint32) words {
-	return append(ipv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4})
+func dest(six bool) words {
+	if six {
+		return append(ipv6(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 16})
+	}
+	return append(ipv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4})
 }
 
 func from(a netip.Addr) words {
-	return append(ipField(sourceOffset), compare(expr.CmpOpEq, a.AsSlice()))
+	return append(source(a.Is6()), compare(expr.CmpOpEq, a.AsSlice()))
 }
 func notFrom(a netip.Addr) words {
-	return append(ipField(sourceOffset), compare(expr.CmpOpNeq, a.AsSlice()))
+	return append(source(a.Is6()), compare(expr.CmpOpNeq, a.AsSlice()))
 }
-func to(a netip.Addr) words { return append(ipField(destOffset), compare(expr.CmpOpEq, a.AsSlice())) }
+func to(a netip.Addr) words { return append(dest(a.Is6()), compare(expr.CmpOpEq, a.AsSlice())) }
 
 func fromPrefix(p netip.Prefix) words {
-	mask := make([]byte, 4)
+	n := p.Addr().BitLen() / 8
+	mask := make([]byte, n)
 	for i := range p.Bits() {
 		mask[i/8] |= 0x80 >> (i % 8)
 	}
-	return append(ipField(sourceOffset),
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+	return append(source(p.Addr().Is6()),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(n), Mask: mask, Xor: make([]byte, n)},
 		compare(expr.CmpOpEq, p.Masked().Addr().AsSlice()))
 }
 
-func toSet(s *nftables.Set) words {
-	return append(ipField(destOffset), &expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID})
+// sets are ranges of destinations, a set for each family that has some.
+type sets []*nftables.Set
+
+// each adds a rule for what goes to one of the ranges.
+func (all sets) each(chain func(...words), then words) {
+	for _, s := range all {
+		chain(dest(s.KeyType.Bytes == 16), words{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID}}, then)
+	}
 }
 
 func iifNotIn(s *nftables.Set) words {
@@ -150,7 +162,7 @@ func tell(group uint16, word string) words {
 		Group: group, Snaplen: toldBytes, Data: []byte(word)}}
 }
 
-// toldBytes hold the longest IPv4 header and the ports after it.
+// toldBytes hold the longest IPv4 header, or IPv6's first, and the ports after it.
 const toldBytes = 64
 
 // toLocal matches what is addressed to this namespace itself, by any of its
@@ -271,16 +283,26 @@ func (t *table) add(c *nftables.Chain) func(...words) {
 	}
 }
 
-// ranges adds a set of sorted IPv4 ranges.
-func (t *table) ranges(name string, all []span) *nftables.Set {
-	var el []nftables.SetElement
+// ranges adds sets of sorted ranges; those of IPv6 where there is any.
+func (t *table) ranges(name string, six bool, all []span) (out sets) {
+	var el [2][]nftables.SetElement
 	for _, s := range all {
-		el = append(el, nftables.SetElement{Key: s.first.AsSlice()})
+		i := 0
+		if s.first.Is6() {
+			i = 1
+		}
+		el[i] = append(el[i], nftables.SetElement{Key: s.first.AsSlice()})
 		if next := s.last.Next(); next.IsValid() { // a range up to the last address has no end
-			el = append(el, nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
+			el[i] = append(el[i], nftables.SetElement{Key: next.AsSlice(), IntervalEnd: true})
 		}
 	}
-	return t.set(&nftables.Set{Name: name, KeyType: nftables.TypeIPAddr, Interval: true}, el)
+	if len(el[0]) > 0 {
+		out = append(out, t.set(&nftables.Set{Name: name, KeyType: nftables.TypeIPAddr, Interval: true}, el[0]))
+	}
+	if six && len(el[1]) > 0 {
+		out = append(out, t.set(&nftables.Set{Name: name + "6", KeyType: nftables.TypeIP6Addr, Interval: true}, el[1]))
+	}
+	return out
 }
 
 // interfaces adds a set of interface names.

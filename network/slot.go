@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,7 +21,15 @@ import (
 var (
 	guestAddr   = netip.MustParseAddr("169.254.0.21")
 	gatewayAddr = netip.MustParseAddr("169.254.0.22")
+	// Of IPv6, unique local (RFC 4193): programs that may choose take IPv4 then
+	// (RFC 6724, 2.1), and IPv6 for what has no other address.
+	guestAddr6   = netip.MustParseAddr("fdca:1a7d:9c3e::169:21")
+	gatewayAddr6 = netip.MustParseAddr("fdca:1a7d:9c3e::169:22")
 )
+
+// linkPrefix6 is that of the links between host and routers; the end is the
+// IPv4 address.
+var linkPrefix6 = netip.MustParsePrefix("fdca:1a7d:9c3e:1::/96")
 
 // Names of links inside the namespaces of a slot.
 const (
@@ -47,10 +56,19 @@ type Slot struct {
 	Addr netip.Addr
 	// NetNS is the path of the namespace whose link eth0 becomes the guest's.
 	NetNS string
+	// IPv6 says that the guest has an address of IPv6 and may use it.
+	IPv6 bool
 }
 
-// addresses are the two ends of a slot's link to the host.
-type addresses struct{ host, slot netip.Addr }
+// addresses are the two ends of a slot's link to the host, in both families.
+type addresses struct{ host, slot, host6, slot6 netip.Addr }
+
+// in6 is the address of a link that has an IPv4 one.
+func in6(a netip.Addr) netip.Addr {
+	b, four := linkPrefix6.Addr().As16(), a.As4()
+	copy(b[12:], four[:])
+	return netip.AddrFrom16(b)
+}
 
 func (p *Pool) addresses(index int) addresses {
 	base := p.block.Addr().As4()
@@ -59,7 +77,7 @@ func (p *Pool) addresses(index int) addresses {
 		return netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)})
 	}
 	n += 2 * uint32(index)
-	return addresses{host: at(n), slot: at(n + 1)}
+	return addresses{host: at(n), slot: at(n + 1), host6: in6(at(n)), slot6: in6(at(n + 1))}
 }
 
 func tableName(tag string) string  { return "cay-" + tag }
@@ -76,7 +94,21 @@ func (p *Pool) nsPath(index int, end string) string {
 }
 
 func (p *Pool) slot(index int) Slot {
-	return Slot{Index: index, Addr: p.addresses(index).slot, NetNS: p.innerNS(index)}
+	return Slot{Index: index, Addr: p.addresses(index).slot, NetNS: p.innerNS(index), IPv6: p.slotHas6(index)}
+}
+
+// slotHas6 reports whether a slot was made with IPv6: one of an earlier process
+// may have been made without.
+func (p *Pool) slotHas6(index int) bool {
+	l, err := p.host.LinkByName(p.link(index))
+	if err != nil {
+		return false
+	}
+	addrs, err := p.host.AddrList(l, netlink.FAMILY_V6)
+	return err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+		ip, _ := netip.AddrFromSlice(a.IP)
+		return ip == p.addresses(index).host6
+	})
 }
 
 // found returns the indexes of all slots of which the host holds anything.
@@ -112,7 +144,7 @@ func (p *Pool) found() (map[int]bool, error) {
 // build makes a slot from nothing and proves that it carries packets. What it
 // made before an error is for remove.
 func (p *Pool) build(index int, pol policy) error {
-	router, inner, err := newRooms(p.routerNS(index), p.innerNS(index))
+	router, inner, err := p.newRooms(index)
 	if err != nil {
 		return err
 	}
@@ -132,7 +164,7 @@ func (p *Pool) build(index int, pol policy) error {
 	if err != nil {
 		return err
 	}
-	if err := p.routerFirewall(newTable(rules, routerTable), b.at, pol); err != nil {
+	if err := p.routerFirewall(newTable(rules, routerTable), b.at, p.six, pol); err != nil {
 		return fmt.Errorf("loading the router's rules: %w", err)
 	}
 	if !pol.shut() {
@@ -167,13 +199,18 @@ func (r *room) close() {
 
 // newRooms makes the two namespaces of a slot, at the same time: the kernel
 // takes a millisecond or two for each.
-func newRooms(routerPath, innerPath string) (router, inner *room, err error) {
+func (p *Pool) newRooms(index int) (router, inner *room, err error) {
 	router, inner = &room{}, &room{}
+	ofRouter, ofInner := [][2]string{{"ipv6/conf/all/disable_ipv6", "1"}}, noIPv6
+	if p.six {
+		ofRouter, ofInner = routerSettings6, innerSettings6
+	}
+	ofRouter = slices.Concat(routerSettings, ofRouter)
 	errs := make(chan error, 2)
-	go func() { errs <- onThread(func() error { return router.furnish(routerPath, routerSettings) }) }()
+	go func() { errs <- onThread(func() error { return router.furnish(p.routerNS(index), ofRouter) }) }()
 	go func() {
 		errs <- onThread(func() error {
-			if err := inner.furnish(innerPath, innerSettings); err != nil {
+			if err := inner.furnish(p.innerNS(index), ofInner); err != nil {
 				return err
 			}
 			var err error
@@ -207,15 +244,24 @@ func (r *room) furnish(path string, settings [][2]string) (err error) {
 // routerSettings are of the router's namespace, before it has links. To forward
 // is to believe no redirect.
 var routerSettings = [][2]string{
-	{"ipv6/conf/all/disable_ipv6", "1"}, // of links to come, too
 	{"ipv4/ip_forward", "1"},
 	{"ipv4/conf/all/rp_filter", "1"},
 	{"ipv4/conf/all/send_redirects", "0"},
 	{"ipv4/conf/default/send_redirects", "0"},
 }
 
-// innerSettings are of the guest's. Not "all": the guest's loopback keeps ::1.
-var innerSettings = [][2]string{{"ipv6/conf/default/disable_ipv6", "1"}}
+// noIPv6 is of links to come. Not "all": the guest's loopback keeps ::1.
+var noIPv6 = [][2]string{{"ipv6/conf/default/disable_ipv6", "1"}}
+
+// With IPv6, links have the address that they are given and no other, and
+// believe no router.
+var (
+	innerSettings6 = [][2]string{
+		{"ipv6/conf/default/accept_ra", "0"},
+		{"ipv6/conf/default/addr_gen_mode", "1"}, // none, of linux/if_link.h
+	}
+	routerSettings6 = append([][2]string{{"ipv6/conf/all/forwarding", "1"}}, innerSettings6...)
+)
 
 type builder struct {
 	pool          *Pool
@@ -233,20 +279,25 @@ func (b builder) outer(router *os.File) error {
 	if err := p.host.LinkAdd(veth); err != nil {
 		return fmt.Errorf("making %s: %w", name, err)
 	}
-	if err := sysctl("ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// The link is down yet, and has no address.
+	setting := "disable_ipv6"
+	if p.six {
+		setting = "addr_gen_mode"
+	}
+	if err := sysctl("ipv6/conf/"+name+"/"+setting, "1"); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	l, err := p.host.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	if err := up(p.host, l, end{b.at.host, 31, b.at.slot, upMAC}); err != nil {
+	if err := up(p.host, l, b.end(end{b.at.host, 31, b.at.slot, upMAC}, b.at.host6, b.at.slot6)); err != nil {
 		return err
 	}
 	if err := bring(b.router, loopback); err != nil {
 		return err
 	}
-	return upstream(b.router, upLink, end{b.at.slot, 31, b.at.host, hostMAC})
+	return upstream(b.router, upLink, b.end(end{b.at.slot, 31, b.at.host, hostMAC}, b.at.slot6, b.at.host6))
 }
 
 // innermost makes the link between router and guest.
@@ -261,13 +312,13 @@ func (b builder) innermost(inner *os.File) error {
 	if err != nil {
 		return err
 	}
-	if err := up(b.router, l, end{gatewayAddr, 30, guestAddr, guestMAC}); err != nil {
+	if err := up(b.router, l, b.end(end{gatewayAddr, 30, guestAddr, guestMAC}, gatewayAddr6, guestAddr6)); err != nil {
 		return err
 	}
 	if err := bring(b.inner, loopback); err != nil {
 		return err
 	}
-	return upstream(b.inner, eth0, end{guestAddr, 30, gatewayAddr, gatewayMAC})
+	return upstream(b.inner, eth0, b.end(end{guestAddr, 30, gatewayAddr, gatewayMAC}, guestAddr6, gatewayAddr6))
 }
 
 func bring(h *netlink.Handle, name string) error {
@@ -286,30 +337,60 @@ type end struct {
 	peerMAC net.HardwareAddr
 }
 
-// up gives a link its address, switches it on, and tells it for good where the
-// other end is, so that no ARP is needed or believed.
-func up(h *netlink.Handle, l netlink.Link, e end) error {
-	mask := net.CIDRMask(e.bits, 32)
-	if err := h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: e.addr.AsSlice(), Mask: mask}, Scope: unix.RT_SCOPE_UNIVERSE}); err != nil {
-		return err
+// end returns the ends of both families, or of IPv4 alone.
+func (b builder) end(e end, addr6, peer6 netip.Addr) []end {
+	if !b.pool.six {
+		return []end{e}
+	}
+	return []end{e, {addr6, e.bits + 96, peer6, e.peerMAC}}
+}
+
+// up gives a link its addresses, switches it on, and tells it for good where the
+// other end is, so that no ARP and no neighbour discovery is needed or believed.
+func up(h *netlink.Handle, l netlink.Link, ends []end) error {
+	for _, e := range ends {
+		a := &netlink.Addr{IPNet: &net.IPNet{IP: e.addr.AsSlice(), Mask: net.CIDRMask(e.bits, e.addr.BitLen())}, Scope: unix.RT_SCOPE_UNIVERSE}
+		if e.addr.Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		if err := h.AddrAdd(l, a); err != nil {
+			return err
+		}
 	}
 	if err := h.LinkSetUp(l); err != nil {
 		return err
 	}
-	return h.NeighSet(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: unix.AF_INET,
-		State: netlink.NUD_PERMANENT, IP: e.peer.AsSlice(), HardwareAddr: e.peerMAC})
+	for _, e := range ends {
+		if err := h.NeighSet(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: family(e.addr),
+			State: netlink.NUD_PERMANENT, IP: e.peer.AsSlice(), HardwareAddr: e.peerMAC}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
 }
 
 // upstream brings up a link of its name, and leads everything to the other end.
-func upstream(h *netlink.Handle, name string, e end) error {
+func upstream(h *netlink.Handle, name string, ends []end) error {
 	l, err := h.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	if err := up(h, l, e); err != nil {
+	if err := up(h, l, ends); err != nil {
 		return err
 	}
-	return h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: e.peer.AsSlice()})
+	for _, e := range ends {
+		if err := h.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: e.peer.AsSlice()}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // proofTime bounds the test of a new slot. The packets take microseconds.

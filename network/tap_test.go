@@ -18,6 +18,7 @@ type packet struct {
 	src, dst netip.Addr
 	proto    byte
 	dport    uint16 // of TCP and UDP
+	opens    bool   // a segment that asks for a connection
 }
 
 func (p packet) String() string {
@@ -100,6 +101,7 @@ func parse(b []byte, v6 bool) (packet, bool) {
 	}
 	if (p.proto == unix.IPPROTO_TCP || p.proto == unix.IPPROTO_UDP) && len(b) >= head+4 {
 		p.dport = binary.BigEndian.Uint16(b[head+2:])
+		p.opens = p.proto == unix.IPPROTO_TCP && len(b) >= head+14 && b[head+13]&0x12 == 0x02
 	}
 	return p, true
 }
