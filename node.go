@@ -35,10 +35,14 @@ type Node interface {
 	// CodeSandboxNotFound.
 	SetEgress(ctx context.Context, id SandboxID, e Egress) error
 
+	// RefreshTeam puts the network limits that a team has now in force for its
+	// sandboxes, after they have changed. A team without sandboxes is no error.
+	RefreshTeam(ctx context.Context, id TeamID) error
+
 	// EgressLog returns what was refused to a sandbox after the refusal with
 	// the number seq (0: all that is remembered), in their order, also for a
 	// sandbox that ended less than an hour ago. The numbers begin anew with
-	// each run of the sandbox and of the node.
+	// each run of the sandbox; a restart of the node goes on with them.
 	EgressLog(ctx context.Context, id SandboxID, seq uint64) ([]EgressRefusal, error)
 
 	// Get returns a live sandbox. Unknown or ended is CodeSandboxNotFound.

@@ -58,6 +58,7 @@ type Server struct {
 	once     sync.Once
 	life     *life
 	touches  chan touch
+	teams    sync.Mutex // one change of a team's limits at a time
 	draining atomic.Bool
 	// made and failed count creates since the start.
 	made, failed atomic.Int64

@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -317,4 +318,38 @@ func TestTemplates(t *testing.T) {
 	f.want(204, f.request("DELETE", "/sandboxes/"+string(id), ""))
 	f.want(204, f.request("DELETE", "/templates/own", ""))
 	f.want(404, f.request("DELETE", "/templates/own", ""))
+}
+
+// An operator changes the limits of a team, one or all; the node is told, and a
+// team that is not there, or a value that is none, changes nothing.
+func TestTeamLimits(t *testing.T) {
+	f := newFixture(t)
+	admin := []string{"X-API-Key", "", "X-Admin-Token", testAdmin}
+	url := "/operator/v1/teams/" + string(f.team.ID) + "/limits"
+	var got operator.Team
+	f.want(200, f.request("PATCH", url, `{"connections":1000,"connectionsPerSecond":50,"mbit":100}`, admin...)).decode(t, &got)
+	want := operator.TeamLimits{Sandboxes: 20, Hours: 24, Connections: 1000, ConnectionsPerSecond: 50, Mbit: 100}
+	if got.TeamID != string(f.team.ID) || got.Limits != want {
+		t.Errorf("the team is %+v, want %+v", got, want)
+	}
+	f.want(200, f.request("PATCH", url, `{"mbit":0,"sandboxes":1}`, admin...))
+	want.Mbit, want.Sandboxes = 0, 1
+	for _, bad := range []string{`{"mbit":-1}`, `{"mbit":100001}`, `{"connections":1.5}`, `{"sandboxes":0}`, `{"hours":0}`, `{"mbit":"1"}`, ``} {
+		f.want(400, f.request("PATCH", url, bad, admin...))
+	}
+	f.want(404, f.request("PATCH", "/operator/v1/teams/nobody/limits", `{"mbit":1}`, admin...))
+	f.want(401, f.request("PATCH", url, `{"mbit":1}`))
+	var all []operator.Team
+	f.want(200, f.request("GET", "/operator/v1/teams", "", admin...)).decode(t, &all)
+	if len(all) != 2 || all[0].Limits != want || all[1].Limits.Mbit != 0 {
+		t.Errorf("the teams are %+v", all)
+	}
+	if d := cmp.Diff([]cay.TeamID{f.team.ID, f.team.ID}, f.node.refreshed); d != "" {
+		t.Error(d)
+	}
+	// One sandbox is the limit now.
+	f.create("")
+	f.want(429, f.request("POST", "/sandboxes", `{"templateID":"base"}`))
+	f.node.refreshErr = errors.New("no answer")
+	f.want(500, f.request("PATCH", url, `{"mbit":5}`, admin...))
 }

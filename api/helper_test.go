@@ -32,11 +32,13 @@ import (
 
 // fakeNode is a machine in memory. The hooks, where set, run first.
 type fakeNode struct {
-	onCreate  func(ctx context.Context, c cay.SandboxConfig) error
-	onKill    func(ctx context.Context, id cay.SandboxID, r cay.EndReason) error
-	onConsole func(id cay.SandboxID) []cay.ConsoleLine
-	onEgress  func(id cay.SandboxID) error
-	now       func() time.Time
+	refreshed  []cay.TeamID // whose network limits were put in force
+	refreshErr error
+	onCreate   func(ctx context.Context, c cay.SandboxConfig) error
+	onKill     func(ctx context.Context, id cay.SandboxID, r cay.EndReason) error
+	onConsole  func(id cay.SandboxID) []cay.ConsoleLine
+	onEgress   func(id cay.SandboxID) error
+	now        func() time.Time
 
 	mu       sync.Mutex
 	live     map[cay.SandboxID]cay.NodeSandbox
@@ -155,6 +157,13 @@ func (n *fakeNode) SetEgress(_ context.Context, id cay.SandboxID, e cay.Egress) 
 	c.Egress = e
 	n.configs[id] = c
 	return nil
+}
+
+func (n *fakeNode) RefreshTeam(_ context.Context, id cay.TeamID) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.refreshed = append(n.refreshed, id)
+	return n.refreshErr
 }
 
 func (n *fakeNode) EgressLog(_ context.Context, id cay.SandboxID, seq uint64) ([]cay.EgressRefusal, error) {

@@ -48,6 +48,7 @@ var goodBody = map[string]string{
 	"SetNodeStatus": `{"status":"draining"}`, "CreateTeamAPIKey": `{"name":"x"}`, "CreateAccessToken": `{"name":"x"}`,
 	"CreateAPIKey": `{"name":"x"}`, "UpdateAPIKey": `{"name":"x"}`, "CreateVolume": `{"name":"x"}`,
 	"CreateSecret": `{"name":"x","value":"y"}`, "UpdateSecret": `{"value":"y"}`,
+	"SetTeamLimits": `{"hours":24}`,
 }
 
 // What another team gets where it is not the 404 of an object that the path

@@ -3,6 +3,7 @@ package orchestrator
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -161,7 +162,7 @@ func (o *Orchestrator) attach(ctx context.Context, g *guest, c confined) error {
 		return err
 	}
 	err = o.Names.Attach(egress.Guest{Execution: g.rec.Execution, Sandbox: c.sandbox, Team: c.team, Policy: c.egress,
-		TCP: d.TCP, DNS: d.DNS, DNSTCP: d.DNSTCP, Destination: network.Destination,
+		IPv6: d.IPv6, TCP: d.TCP, DNS: d.DNS, DNSTCP: d.DNSTCP, Destination: network.Destination,
 		Dial:   func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return o.Slots.Dial(ctx, slot, to) },
 		Report: func(r cay.EgressRefusal) { o.Slots.NoteRefusal(slot, r) }})
 	if err != nil {
@@ -169,6 +170,34 @@ func (o *Orchestrator) attach(ctx context.Context, g *guest, c confined) error {
 	}
 	g.named = true
 	return nil
+}
+
+// RefreshTeam implements [cay.Node].
+func (o *Orchestrator) RefreshTeam(ctx context.Context, id cay.TeamID) error {
+	o.mu.Lock()
+	var slots []int
+	for _, g := range o.bySbx {
+		if g.rec.Team == id && g.rec.Slot >= 0 && g.rec.Phase != ending {
+			slots = append(slots, g.rec.Slot)
+		}
+	}
+	o.mu.Unlock()
+	return o.join(ctx, id, slots...)
+}
+
+// join has slots count for a team, with the limits that it has now: whoever
+// asks last puts the last ones in force.
+func (o *Orchestrator) join(ctx context.Context, id cay.TeamID, slots ...int) error {
+	if o.TeamLimits == nil || id == "" {
+		return nil
+	}
+	o.teams.Lock()
+	defer o.teams.Unlock()
+	l, err := o.TeamLimits(ctx, id)
+	if err != nil {
+		return fmt.Errorf("looking for the team's limits: %w", err)
+	}
+	return o.Slots.LimitTeam(ctx, id, l, slots...)
 }
 
 // detach ends what Names serves of an ending guest, and keeps what was refused
@@ -195,6 +224,9 @@ func (o *Orchestrator) detach(ctx context.Context, g *guest) []cay.EgressRefusal
 // reconfine enforces what the record of an adopted guest says. After an error
 // the network has what it had, and lets less through.
 func (o *Orchestrator) reconfine(ctx context.Context, g *guest) {
+	if err := o.join(ctx, g.rec.Team, g.rec.Slot); err != nil {
+		o.log().Error("an adopted sandbox may not count for the limits of its team", "sandbox", g.rec.Sandbox, "error", err)
+	}
 	if g.rec.Egress == nil { // of a version that did not keep it
 		return
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -41,6 +42,21 @@ func (s slots) SetPolicy(_ context.Context, i int, e cay.Egress) error {
 		return errors.New("no such slot")
 	}
 	s.policies[i] = e
+	return nil
+}
+
+func (s slots) LimitTeam(_ context.Context, id cay.TeamID, l cay.NetworkLimits, slots ...int) error {
+	if err := s.err("limit"); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limits[id] = l
+	for _, i := range slots {
+		if s.slots[i] && l != (cay.NetworkLimits{}) {
+			s.members[i] = id
+		}
+	}
 	return nil
 }
 
@@ -363,6 +379,147 @@ func TestEgressLog(t *testing.T) {
 		check()
 		if _, err := o.EgressLog(t.Context(), "i2", 0); cay.CodeOf(err) != cay.CodeSandboxNotFound {
 			t.Errorf("of a sandbox that never was: %v", err)
+		}
+	})
+}
+
+// TestTeamLimits proves that a sandbox counts for its team's network limits
+// however it was made, that a change reaches those that run, and that a node
+// which adopts them puts in force what holds by then.
+func TestTeamLimits(t *testing.T) {
+	for _, pool := range []int{0, 1} {
+		t.Run(fmt.Sprintf("pool %d", pool), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w, dir := newWorld(), t.TempDir()
+				limits := cay.NetworkLimits{Connections: 10}
+				begin := func() *orchestrator.Orchestrator {
+					o := node(w, dir, pool)
+					o.TeamLimits = func(_ context.Context, id cay.TeamID) (cay.NetworkLimits, error) {
+						if id != "t" {
+							return cay.NetworkLimits{}, errors.New("unknown team")
+						}
+						return limits, w.err("look")
+					}
+					if err := o.Open(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+					return o
+				}
+				o := begin()
+				defer func() { o.Close() }()
+				o.Warm("b1", config("x").Resources)
+				time.Sleep(time.Second)
+				synctest.Wait()
+				in := func(want ...cay.SandboxID) {
+					t.Helper()
+					w.mu.Lock()
+					got := maps.Clone(w.members)
+					now := w.limits["t"]
+					w.mu.Unlock()
+					for _, id := range want {
+						i := slotOf(t, o, id)
+						if got[i] != "t" {
+							t.Errorf("%s counts for %q", id, got[i])
+						}
+						delete(got, i)
+					}
+					if len(got) != 0 || now != limits {
+						t.Errorf("beside them count %v, with %+v", got, now)
+					}
+				}
+				for _, id := range []string{"i1", "i2"} {
+					if _, err := o.Create(t.Context(), config(id)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				in("i1", "i2")
+				limits = cay.NetworkLimits{Mbit: 7}
+				if err := o.RefreshTeam(t.Context(), "t"); err != nil {
+					t.Fatal(err)
+				}
+				in("i1", "i2")
+				if err := o.Kill(t.Context(), "i2", cay.EndRequest); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				in("i1")
+
+				// A change that no node heard of.
+				if err := o.Close(); err != nil {
+					t.Fatal(err)
+				}
+				limits = cay.NetworkLimits{PerSecond: 3}
+				w.mu.Lock()
+				clear(w.members)
+				w.mu.Unlock()
+				o = begin()
+				in("i1")
+
+				// Without its limits no sandbox starts.
+				w.setFail("look", errors.New("no answer"))
+				if _, err := o.Create(t.Context(), config("i3")); err == nil {
+					t.Error("a sandbox was made whose team's limits nobody knows")
+				}
+				if err := o.RefreshTeam(t.Context(), "t"); err == nil {
+					t.Error("limits that nobody knows were put in force")
+				}
+			})
+		})
+	}
+}
+
+// TestEgressLogKept proves that what was refused to a sandbox which has ended
+// survives a restart of the node, for an hour after its end.
+func TestEgressLogKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, dir, past := newWorld(), t.TempDir(), t.TempDir()
+		begin := func() *orchestrator.Orchestrator {
+			o := node(w, dir, 0)
+			o.PastDir = past
+			if err := o.Open(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return o
+		}
+		o := begin()
+		for _, id := range []cay.SandboxID{"i1", "i2"} {
+			mustCreate(t, o, string(id))
+		}
+		refused := cay.EgressRefusal{Protocol: "udp", Rule: "0.0.0.0/0", Destination: netip.MustParseAddrPort("8.8.8.8:53")}
+		slots{w}.NoteRefusal(slotOf(t, o, "i1"), refused)
+		for _, id := range []cay.SandboxID{"i1", "i2"} { // to the second, nothing was
+			if err := o.Kill(t.Context(), id, cay.EndRequest); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if err := os.WriteFile(filepath.Join(past, "i9.json"), []byte(`{"at"`), 0o600); err != nil { // half a file
+			t.Fatal(err)
+		}
+		for _, after := range []time.Duration{0, 59 * time.Minute, 2 * time.Minute} {
+			if err := o.Close(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(after)
+			o = begin()
+			got, err := o.EgressLog(t.Context(), "i1", 0)
+			entries, _ := os.ReadDir(past)
+			if after == 2*time.Minute {
+				if cay.CodeOf(err) != cay.CodeSandboxNotFound || len(entries) != 0 {
+					t.Errorf("after more than an hour: %+v, %v; %d files", got, err, len(entries))
+				}
+				continue
+			}
+			refused.Seq, refused.Count = 1, 1
+			if d := cmp.Diff([]cay.EgressRefusal{refused}, got, cmpopts.EquateComparable(netip.AddrPort{})); err != nil || d != "" {
+				t.Errorf("after a restart: %v\n%s", err, d)
+			}
+			if len(entries) != 1 {
+				t.Errorf("there are %d files, want one", len(entries))
+			}
+		}
+		if err := o.Close(); err != nil {
+			t.Fatal(err)
 		}
 	})
 }

@@ -2,12 +2,19 @@ package orchestrator
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/internal/killpoint"
+	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -148,7 +155,10 @@ func (o *Orchestrator) keepPast(ctx context.Context, g *guest, refused []cay.Egr
 	o.mu.Lock()
 	steps := slices.Clone(g.rec.Steps)
 	o.mu.Unlock()
-	o.past.put(g.rec.Sandbox, pastGuest{console: lines[max(0, len(lines)-pastLines):], steps: steps, refused: refused})
+	err = o.past.put(g.rec.Sandbox, pastGuest{console: lines[max(0, len(lines)-pastLines):], steps: steps, refused: refused})
+	if err != nil {
+		o.log().Warn("what was refused to an ended sandbox is not kept over a restart", "sandbox", g.rec.Sandbox, "error", err)
+	}
 }
 
 // ends delivers the ends of sandboxes to watchers.
@@ -207,6 +217,7 @@ func (e *ends) watch(ctx context.Context, f func(cay.SandboxEnd)) error {
 // past remembers ended sandboxes for an hour.
 type past struct {
 	now func() time.Time
+	dir string // where refusals are kept over a restart; empty for nowhere
 	mu  sync.Mutex
 	m   map[cay.SandboxID]pastGuest
 }
@@ -226,21 +237,86 @@ const (
 
 func (p *past) init(now func() time.Time) { p.now, p.m = now, map[cay.SandboxID]pastGuest{} }
 
-func (p *past) put(id cay.SandboxID, g pastGuest) {
+func (p *past) put(id cay.SandboxID, g pastGuest) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	g.at = p.now()
 	p.m[id] = g
-	if len(p.m) <= pastMax {
-		return
+	err := p.pruneLocked()
+	if len(g.refused) == 0 || p.dir == "" {
+		return errors.Join(err, p.dropFile(id))
 	}
+	b, jerr := json.Marshal(pastRefusals{At: g.at, Refused: g.refused})
+	if jerr == nil {
+		jerr = wholefile.Write(p.file(id), b, 0o600)
+	}
+	return errors.Join(err, jerr)
+}
+
+// pruneLocked forgets what is too old, and the oldest of too many.
+func (p *past) pruneLocked() error {
+	var errs []error
 	var oldest cay.SandboxID
 	for k, v := range p.m {
-		if oldest == "" || v.at.Before(p.m[oldest].at) {
+		if p.now().Sub(v.at) > pastFor {
+			delete(p.m, k)
+			errs = append(errs, p.dropFile(k))
+		} else if oldest == "" || v.at.Before(p.m[oldest].at) {
 			oldest = k
 		}
 	}
-	delete(p.m, oldest)
+	if len(p.m) > pastMax {
+		delete(p.m, oldest)
+		errs = append(errs, p.dropFile(oldest))
+	}
+	return errors.Join(errs...)
+}
+
+// pastRefusals is what a file has of what was refused to an ended sandbox.
+type pastRefusals struct {
+	At      time.Time           `json:"at"`
+	Refused []cay.EgressRefusal `json:"refused"`
+}
+
+const pastSuffix = ".json"
+
+func (p *past) file(id cay.SandboxID) string { return filepath.Join(p.dir, string(id)+pastSuffix) }
+
+func (p *past) dropFile(id cay.SandboxID) error {
+	if p.dir == "" {
+		return nil
+	}
+	if err := os.Remove(p.file(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// load remembers what an earlier run has kept. A file that is none, or too old,
+// is removed.
+func (p *past) load() error {
+	if p.dir == "" {
+		return nil
+	}
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(p.dir)
+	errs := []error{err}
+	for _, e := range entries {
+		id, _ := strings.CutSuffix(e.Name(), pastSuffix)
+		var kept pastRefusals
+		b, err := os.ReadFile(filepath.Join(p.dir, e.Name()))
+		if err == nil {
+			err = json.Unmarshal(b, &kept)
+		}
+		if err != nil || p.now().Sub(kept.At) > pastFor {
+			errs = append(errs, os.Remove(filepath.Join(p.dir, e.Name())))
+			continue
+		}
+		p.m[cay.SandboxID(id)] = pastGuest{refused: kept.Refused, at: kept.At}
+	}
+	return errors.Join(errs...)
 }
 
 // step adds a step to what is remembered of a sandbox.

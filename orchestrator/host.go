@@ -19,6 +19,9 @@ type Slots interface {
 	Adopt(ctx context.Context, index int) (network.Slot, error)
 	// SetPolicy changes the egress policy of a slot in use.
 	SetPolicy(ctx context.Context, index int, e cay.Egress) error
+	// LimitTeam puts limits in force for the slots of a team together, and
+	// counts slots in use among them; others are ignored.
+	LimitTeam(ctx context.Context, id cay.TeamID, l cay.NetworkLimits, slots ...int) error
 	// Divert opens the sockets to which a policy with names turns what the
 	// guest opens. Whoever has them closes them before Release.
 	Divert(ctx context.Context, index int) (network.Diverted, error)

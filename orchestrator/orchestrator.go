@@ -24,6 +24,9 @@ import (
 type Orchestrator struct {
 	Node cay.NodeID
 	Dir  string // keeps the node's records
+	// PastDir keeps what was refused to sandboxes that have ended, for an hour
+	// and over a restart; empty keeps it in memory.
+	PastDir string
 	// SnapshotDir keeps the memory of snapshots; empty is "snapshots" in Dir.
 	SnapshotDir string
 
@@ -37,6 +40,9 @@ type Orchestrator struct {
 	Names   Names   // nil: policies with names are refused
 	Guest   Guest   // nil is HTTP to the guest's control port
 	Envd    Agent   // what [Orchestrator.UpgradeEnvd] gives to guests
+	// TeamLimits returns the network limits of a team as they are now; nil is no
+	// limits.
+	TeamLimits func(context.Context, cay.TeamID) (cay.NetworkLimits, error)
 
 	// PoolSize is how many guests are kept booted ahead per hot build.
 	PoolSize int
@@ -66,6 +72,7 @@ type Orchestrator struct {
 	past        past
 	loads       loads
 	turn        chan struct{} // one token per boot under way
+	teams       sync.Mutex    // one change of a team's limits at a time
 
 	// life ends with Close; background work holds wg.
 	life   context.Context
@@ -149,6 +156,10 @@ func (o *Orchestrator) Open(ctx context.Context) error {
 	o.turn = make(chan struct{}, bootsAtOnce())
 	o.ends.init()
 	o.past.init(o.now)
+	o.past.dir = o.PastDir
+	if err := o.past.load(); err != nil {
+		o.log().Warn("what was refused to ended sandboxes is not all known any more", "error", err)
+	}
 	o.snapshots = snapshots{o.SnapshotDir}
 	if o.Guest == nil {
 		o.Guest = newHTTPGuest()
@@ -396,6 +407,10 @@ func (o *Orchestrator) assign(ctx context.Context, g *guest, c cay.SandboxConfig
 	o.bySbx[c.ID] = g
 	token := g.rec.ControlToken
 	o.mu.Unlock()
+	// After RefreshTeam can see it.
+	if err := o.join(ctx, c.TeamID, g.rec.Slot); err != nil {
+		return err
+	}
 	o.Fault.Pass(op, "init.before")
 	config := guestConfig(g.rec.Execution, token, c, m, began)
 	config.CABundle = bundle

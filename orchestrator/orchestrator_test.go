@@ -34,6 +34,8 @@ type world struct {
 	instances map[runtime.InstanceID]*instance
 	slots     map[int]bool
 	policies  map[int]cay.Egress
+	members   map[int]cay.TeamID // of slots, with limits
+	limits    map[cay.TeamID]cay.NetworkLimits
 	refusals  map[int][]cay.EgressRefusal
 	disks     map[string]bool
 	routes    map[cay.SandboxID]catalog.Route
@@ -76,7 +78,7 @@ type memory struct {
 const oldEnvd, newEnvd = cay.Digest("sha256:e"), cay.Digest("sha256:f")
 
 func newWorld() *world {
-	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, policies: map[int]cay.Egress{}, refusals: map[int][]cay.EgressRefusal{}, disks: map[string]bool{},
+	return &world{instances: map[runtime.InstanceID]*instance{}, slots: map[int]bool{}, policies: map[int]cay.Egress{}, members: map[int]cay.TeamID{}, limits: map[cay.TeamID]cay.NetworkLimits{}, refusals: map[int][]cay.EgressRefusal{}, disks: map[string]bool{},
 		routes: map[cay.SandboxID]catalog.Route{}, fail: map[string]error{}, bootTime: 50 * time.Millisecond}
 }
 
@@ -294,6 +296,7 @@ func (s slots) Release(_ context.Context, i int) error {
 	defer s.mu.Unlock()
 	delete(s.slots, i)
 	delete(s.policies, i)
+	delete(s.members, i)
 	delete(s.refusals, i)
 	return nil
 }

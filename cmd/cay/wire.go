@@ -68,7 +68,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h := &host{dir: d, log: log}
 	h.disks = &disk.Disks{Dir: d.path("disk"), Reserve: int64(cfg.DiskReserveMB) << 20, Ahead: 2, Log: log.With("part", "disk")}
 	h.nets = &network.Pool{Tag: hostTag(d), NamespaceDir: "/run/netns", StateDir: "/run/cay", CIDR: cfg.SandboxCIDR,
-		Refuse: cfg.RefusedRanges, Limits: network.Limits{Connections: cfg.Connections, PerSecond: cfg.NewConnections, Mbit: cfg.Mbit},
+		RefusalDir: d.path("run", "refused"), Refuse: cfg.RefusedRanges, Limits: network.Limits{Connections: cfg.Connections, PerSecond: cfg.NewConnections, Mbit: cfg.Mbit},
 		Warm: 4, Log: log.With("part", "network")}
 	h.names = newNames(d, cfg, h.nets, log)
 	h.rt = gvisor.New(d.path("run", "gvisor"))
@@ -77,7 +77,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 	h.rt.Ahead = cfg.EnginesAhead
 	h.rt.Log = log.With("part", "runtime")
 	h.orch = &orchestrator.Orchestrator{
-		Node: nodeID, Dir: d.path("run", "orchestrator"), SnapshotDir: d.path("snapshots"),
+		Node: nodeID, Dir: d.path("run", "orchestrator"), PastDir: d.path("run", "past"), SnapshotDir: d.path("snapshots"),
 		Runtime: h.rt, Engines: engineFiles{h.rt.Programs}, Slots: h.nets, Disks: h.disks,
 		Catalog: memory.New(), Streams: streams, Names: h.names,
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
@@ -259,6 +259,7 @@ func (s *server) open(ctx context.Context) (err error) {
 		return err
 	}
 	s.host.names.Secret = api.Secrets{Store: s.store, Sealer: s.keys}.Value
+	s.host.orch.TeamLimits = s.networkLimits
 	if err := s.host.open(ctx); err != nil {
 		return err
 	}
@@ -288,6 +289,16 @@ func (s *server) open(ctx context.Context) (err error) {
 	}
 	s.ready = true
 	return nil
+}
+
+// networkLimits returns what a team's sandboxes may do together; one of a team
+// that is gone may do what each may.
+func (s *server) networkLimits(ctx context.Context, id cay.TeamID) (cay.NetworkLimits, error) {
+	t, err := s.store.Team(ctx, id)
+	if cay.CodeOf(err) == cay.CodeNotFound {
+		return cay.NetworkLimits{}, nil
+	}
+	return t.Limits.Network, err
 }
 
 // wait returns when ctx ends or a part of the server fails.

@@ -89,7 +89,7 @@ of your program, and use the official E2B SDKs as they are.`,
 	root.SetOut(c.Out)
 	root.SetErr(c.Err)
 	root.CompletionOptions.HiddenDefaultCmd = false
-	root.AddCommand(c.statusCmd(), c.envCmd(), c.versionCmd(), c.configCmd(), c.keyCmd(), c.secretCmd(), c.sandboxCmd(), c.snapshotCmd(), c.templateCmd(), c.egressCmd())
+	root.AddCommand(c.statusCmd(), c.envCmd(), c.versionCmd(), c.configCmd(), c.keyCmd(), c.teamCmd(), c.secretCmd(), c.sandboxCmd(), c.snapshotCmd(), c.templateCmd(), c.egressCmd())
 	return root
 }
 

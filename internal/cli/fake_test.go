@@ -43,6 +43,7 @@ type fakeServer struct {
 	mu    sync.Mutex
 	alive []string
 	keys  []api.TeamAPIKey
+	team  *operator.TeamLimits // what was set
 	// Secrets, oldest first, and how many there ever were.
 	secrets    []api.Secret
 	secretsAdd int
@@ -233,6 +234,7 @@ func (f *fakeServer) apiHandler() http.Handler {
 	}))
 	f.pauseHandlers(m, team, admin)
 	f.networkHandlers(m, team, admin)
+	f.teamHandlers(m, admin)
 	m.HandleFunc("GET /operator/v1/sandboxes/{id}", admin(func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")
 		rec := operator.SandboxRecord{SandboxID: id, TeamID: fakeTeam, TemplateID: "tttttttttttttttttttt", Alias: "base", BuildID: "b1", NodeID: "local", State: "running",

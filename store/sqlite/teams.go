@@ -13,7 +13,8 @@ import (
 
 func team(r gen.Team) cay.Team {
 	return cay.Team{ID: cay.TeamID(r.ID), Name: r.Name, Slug: r.Slug, Limits: cay.TeamLimits{
-		ConcurrentSandboxes: int(r.ConcurrentSandboxes), MaxLengthHours: int(r.MaxLengthHours)}}
+		ConcurrentSandboxes: int(r.ConcurrentSandboxes), MaxLengthHours: int(r.MaxLengthHours),
+		Network: cay.NetworkLimits{Connections: int(r.NetworkConnections), PerSecond: int(r.NetworkPerSecond), Mbit: int(r.NetworkMbit)}}}
 }
 
 func key(r gen.Key) store.Key {
@@ -28,8 +29,10 @@ var errKey = &cay.Error{Code: cay.CodeKeyNotFound, Layer: cay.LayerAuth,
 // PutTeam implements [store.Teams].
 func (s *Store) PutTeam(ctx context.Context, t cay.Team) error {
 	return s.write(ctx, "record the team", flushed, func(ctx context.Context, q *gen.Queries) error {
+		n := t.Limits.Network
 		return q.PutTeam(ctx, gen.PutTeamParams{ID: string(t.ID), Name: t.Name, Slug: t.Slug,
-			ConcurrentSandboxes: int64(t.Limits.ConcurrentSandboxes), MaxLengthHours: int64(t.Limits.MaxLengthHours)})
+			ConcurrentSandboxes: int64(t.Limits.ConcurrentSandboxes), MaxLengthHours: int64(t.Limits.MaxLengthHours),
+			NetworkConnections: int64(n.Connections), NetworkPerSecond: int64(n.PerSecond), NetworkMbit: int64(n.Mbit)})
 	})
 }
 

@@ -21,7 +21,8 @@ func teams(f fixture) {
 	same(f, "team", newTeam(1), got)
 
 	changed := newTeam(0)
-	changed.Name, changed.Slug, changed.Limits = "Ünï", "new-slug", cay.TeamLimits{ConcurrentSandboxes: 1, MaxLengthHours: 2}
+	changed.Name, changed.Slug, changed.Limits = "Ünï", "new-slug", cay.TeamLimits{ConcurrentSandboxes: 1, MaxLengthHours: 2,
+		Network: cay.NetworkLimits{Connections: 3, PerSecond: 4, Mbit: 5}}
 	f.must(f.PutTeam(ctx, changed))
 	l, err = f.ListTeams(ctx)
 	f.must(err)

@@ -360,6 +360,44 @@ type Status struct {
 	Version string `json:"version"`
 }
 
+// Team A tenant and its limits.
+type Team struct {
+	// Limits What a team may do.
+	Limits TeamLimits `json:"limits"`
+	Name   string     `json:"name"`
+
+	// Slug The namespace of its templates' names.
+	Slug   string `json:"slug"`
+	TeamID string `json:"teamID"`
+}
+
+// TeamLimits What a team may do.
+type TeamLimits struct {
+	// Connections That all its sandboxes on a machine have open; 0 is no bound.
+	Connections int `json:"connections"`
+
+	// ConnectionsPerSecond New ones of all its sandboxes on a machine, after a burst of twice as many; 0 is no bound.
+	ConnectionsPerSecond int `json:"connectionsPerSecond"`
+
+	// Hours The longest life of a sandbox.
+	Hours int `json:"hours"`
+
+	// Mbit 10^6 bits a second into all its sandboxes on a machine, and out of them; 0 is no bound.
+	Mbit int `json:"mbit"`
+
+	// Sandboxes Starting and running together.
+	Sandboxes int `json:"sandboxes"`
+}
+
+// TeamLimitsChange Limits of a team that change.
+type TeamLimitsChange struct {
+	Connections          *int `json:"connections,omitempty"`
+	ConnectionsPerSecond *int `json:"connectionsPerSecond,omitempty"`
+	Hours                *int `json:"hours,omitempty"`
+	Mbit                 *int `json:"mbit,omitempty"`
+	Sandboxes            *int `json:"sandboxes,omitempty"`
+}
+
 // SandboxID defines model for sandboxID.
 type SandboxID = string
 
@@ -392,6 +430,9 @@ type SandboxEgressParams struct {
 	// After Only what was refused, again too, after the refusal with this number.
 	After *int64 `form:"after,omitempty" json:"after,omitempty"`
 }
+
+// SetTeamLimitsJSONRequestBody defines body for SetTeamLimits for application/json ContentType.
+type SetTeamLimitsJSONRequestBody = TeamLimitsChange
 
 // RequestEditorFn is the function signature for the RequestEditor callback function
 type RequestEditorFn func(ctx context.Context, req *http.Request) error
@@ -540,6 +581,29 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /operator/v1/status (the `Status` operationId).
 	Status(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ListTeams Every team with its limits, oldest first.
+	//
+	// Corresponds with GET /operator/v1/teams (the `ListTeams` operationId).
+	ListTeams(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// SetTeamLimitsWithBody Change what a team may do.
+	//
+	// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+	SetTeamLimitsWithBody(ctx context.Context, teamID string, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// SetTeamLimits Change what a team may do.
+	//
+	// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+	SetTeamLimits(ctx context.Context, teamID string, body SetTeamLimitsJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 }
 
 // ImportSnapshotWithBody Take in a snapshot that was exported, all of it or nothing.
@@ -726,6 +790,59 @@ func (c *Client) VerifySnapshot(ctx context.Context, snapshotID SnapshotID, reqE
 // Corresponds with GET /operator/v1/status (the `Status` operationId).
 func (c *Client) Status(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewStatusRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListTeams Every team with its limits, oldest first.
+//
+// Corresponds with GET /operator/v1/teams (the `ListTeams` operationId).
+func (c *Client) ListTeams(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListTeamsRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetTeamLimitsWithBody Change what a team may do.
+//
+// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+func (c *Client) SetTeamLimitsWithBody(ctx context.Context, teamID string, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewSetTeamLimitsRequestWithBody(c.Server, teamID, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SetTeamLimits Change what a team may do.
+//
+// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+func (c *Client) SetTeamLimits(ctx context.Context, teamID string, body SetTeamLimitsJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewSetTeamLimitsRequest(c.Server, teamID, body)
 	if err != nil {
 		return nil, err
 	}
@@ -1219,6 +1336,80 @@ func NewStatusRequest(server string) (*http.Request, error) {
 	return req, nil
 }
 
+// NewListTeamsRequest constructs an http.Request for the ListTeams method
+func NewListTeamsRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/teams")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewSetTeamLimitsRequest calls the generic SetTeamLimits builder with application/json body
+func NewSetTeamLimitsRequest(server string, teamID string, body SetTeamLimitsJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewSetTeamLimitsRequestWithBody(server, teamID, "application/json", bodyReader)
+}
+
+// NewSetTeamLimitsRequestWithBody constructs an http.Request for the SetTeamLimits method, with any body, and a specified content type
+func NewSetTeamLimitsRequestWithBody(server string, teamID string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "teamID", teamID, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/operator/v1/teams/%s/limits", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPatch, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 func (c *Client) applyEditors(ctx context.Context, req *http.Request, additionalEditors []RequestEditorFn) error {
 	for _, r := range c.RequestEditors {
 		if err := r(ctx, req); err != nil {
@@ -1358,6 +1549,31 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /operator/v1/status (the `Status` operationId).
 	StatusWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*StatusResponse, error)
+
+	// ListTeamsWithResponse Every team with its limits, oldest first.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /operator/v1/teams (the `ListTeams` operationId).
+	ListTeamsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListTeamsResponse, error)
+
+	// SetTeamLimitsWithBodyWithResponse Change what a team may do.
+	//
+	// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+	SetTeamLimitsWithBodyWithResponse(ctx context.Context, teamID string, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*SetTeamLimitsResponse, error)
+
+	// SetTeamLimitsWithResponse Change what a team may do.
+	//
+	// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+	SetTeamLimitsWithResponse(ctx context.Context, teamID string, body SetTeamLimitsJSONRequestBody, reqEditors ...RequestEditorFn) (*SetTeamLimitsResponse, error)
 }
 
 type ImportSnapshotResponse struct {
@@ -1654,6 +1870,56 @@ func (r StatusResponse) StatusCode() int {
 	return 0
 }
 
+type ListTeamsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *[]Team
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r ListTeamsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListTeamsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+type SetTeamLimitsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Team
+	// JSONDefault the response for an HTTP default `application/json` response
+	JSONDefault *Failure
+}
+
+// Status returns HTTPResponse.Status
+func (r SetTeamLimitsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r SetTeamLimitsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
 // ImportSnapshotWithBodyWithResponse Take in a snapshot that was exported, all of it or nothing.
 //
 // Its ID is a new one. Take in only archives of servers that you trust.
@@ -1820,6 +2086,49 @@ func (c *ClientWithResponses) StatusWithResponse(ctx context.Context, reqEditors
 		return nil, err
 	}
 	return ParseStatusResponse(rsp)
+}
+
+// ListTeamsWithResponse Every team with its limits, oldest first.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /operator/v1/teams (the `ListTeams` operationId).
+func (c *ClientWithResponses) ListTeamsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListTeamsResponse, error) {
+	rsp, err := c.ListTeams(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListTeamsResponse(rsp)
+}
+
+// SetTeamLimitsWithBodyWithResponse Change what a team may do.
+//
+// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+func (c *ClientWithResponses) SetTeamLimitsWithBodyWithResponse(ctx context.Context, teamID string, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*SetTeamLimitsResponse, error) {
+	rsp, err := c.SetTeamLimitsWithBody(ctx, teamID, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSetTeamLimitsResponse(rsp)
+}
+
+// SetTeamLimitsWithResponse Change what a team may do.
+//
+// What is not given stays. The network's limits are in force at the answer, also for sandboxes that run; a bound of connections counts those opened from then on. The others count for what is asked for from then on.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with PATCH /operator/v1/teams/{teamID}/limits (the `SetTeamLimits` operationId).
+func (c *ClientWithResponses) SetTeamLimitsWithResponse(ctx context.Context, teamID string, body SetTeamLimitsJSONRequestBody, reqEditors ...RequestEditorFn) (*SetTeamLimitsResponse, error) {
+	rsp, err := c.SetTeamLimits(ctx, teamID, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSetTeamLimitsResponse(rsp)
 }
 
 // ParseImportSnapshotResponse parses an HTTP response from a ImportSnapshotWithResponse call
@@ -2203,6 +2512,72 @@ func ParseStatusResponse(rsp *http.Response) (*StatusResponse, error) {
 	return response, nil
 }
 
+// ParseListTeamsResponse parses an HTTP response from a ListTeamsWithResponse call
+func ParseListTeamsResponse(rsp *http.Response) (*ListTeamsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListTeamsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest []Team
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
+// ParseSetTeamLimitsResponse parses an HTTP response from a SetTeamLimitsWithResponse call
+func ParseSetTeamLimitsResponse(rsp *http.Response) (*SetTeamLimitsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &SetTeamLimitsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Team
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && true:
+		var dest Failure
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSONDefault = &dest
+
+	}
+
+	return response, nil
+}
+
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
 	// ImportSnapshot Take in a snapshot that was exported, all of it or nothing.
@@ -2241,6 +2616,12 @@ type ServerInterface interface {
 	// Status The server, its machine, and how many sandboxes there are.
 	// (GET /operator/v1/status)
 	Status(w http.ResponseWriter, r *http.Request)
+	// ListTeams Every team with its limits, oldest first.
+	// (GET /operator/v1/teams)
+	ListTeams(w http.ResponseWriter, r *http.Request)
+	// SetTeamLimits Change what a team may do.
+	// (PATCH /operator/v1/teams/{teamID}/limits)
+	SetTeamLimits(w http.ResponseWriter, r *http.Request, teamID string)
 }
 
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
@@ -2316,6 +2697,18 @@ func (_ Unimplemented) VerifySnapshot(w http.ResponseWriter, r *http.Request, sn
 // Status The server, its machine, and how many sandboxes there are.
 // (GET /operator/v1/status)
 func (_ Unimplemented) Status(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListTeams Every team with its limits, oldest first.
+// (GET /operator/v1/teams)
+func (_ Unimplemented) ListTeams(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// SetTeamLimits Change what a team may do.
+// (PATCH /operator/v1/teams/{teamID}/limits)
+func (_ Unimplemented) SetTeamLimits(w http.ResponseWriter, r *http.Request, teamID string) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2672,6 +3065,46 @@ func (siw *ServerInterfaceWrapper) Status(w http.ResponseWriter, r *http.Request
 	handler.ServeHTTP(w, r)
 }
 
+// ListTeams operation middleware
+func (siw *ServerInterfaceWrapper) ListTeams(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListTeams(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetTeamLimits operation middleware
+func (siw *ServerInterfaceWrapper) SetTeamLimits(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "teamID" -------------
+	var teamID string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "teamID", chi.URLParam(r, "teamID"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "teamID", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetTeamLimits(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -2808,6 +3241,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/sandboxes/{sandboxID}/egress", wrapper.SandboxEgress)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/operator/v1/teams", wrapper.ListTeams)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/operator/v1/teams/{teamID}/limits", wrapper.SetTeamLimits)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/operator/v1/snapshots", wrapper.ListSnapshots)
@@ -3289,6 +3728,84 @@ func (response StatusdefaultJSONResponse) VisitStatusResponse(w http.ResponseWri
 	return err
 }
 
+type ListTeamsRequestObject struct {
+}
+
+type ListTeamsResponseObject interface {
+	VisitListTeamsResponse(w http.ResponseWriter) error
+}
+
+type ListTeams200JSONResponse []Team
+
+func (response ListTeams200JSONResponse) VisitListTeamsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListTeamsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListTeamsdefaultJSONResponse) VisitListTeamsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SetTeamLimitsRequestObject struct {
+	TeamID string `json:"teamID"`
+	Body   *SetTeamLimitsJSONRequestBody
+}
+
+type SetTeamLimitsResponseObject interface {
+	VisitSetTeamLimitsResponse(w http.ResponseWriter) error
+}
+
+type SetTeamLimits200JSONResponse Team
+
+func (response SetTeamLimits200JSONResponse) VisitSetTeamLimitsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SetTeamLimitsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response SetTeamLimitsdefaultJSONResponse) VisitSetTeamLimitsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 // StrictServerInterface represents all server handlers.
 type StrictServerInterface interface {
 	// ImportSnapshot Take in a snapshot that was exported, all of it or nothing.
@@ -3327,6 +3844,12 @@ type StrictServerInterface interface {
 	// Status The server, its machine, and how many sandboxes there are.
 	// (GET /operator/v1/status)
 	Status(ctx context.Context, request StatusRequestObject) (StatusResponseObject, error)
+	// ListTeams Every team with its limits, oldest first.
+	// (GET /operator/v1/teams)
+	ListTeams(ctx context.Context, request ListTeamsRequestObject) (ListTeamsResponseObject, error)
+	// SetTeamLimits Change what a team may do.
+	// (PATCH /operator/v1/teams/{teamID}/limits)
+	SetTeamLimits(ctx context.Context, request SetTeamLimitsRequestObject) (SetTeamLimitsResponseObject, error)
 }
 
 type StrictHandlerFunc func(ctx context.Context, w http.ResponseWriter, r *http.Request, request any) (any, error)
@@ -3679,82 +4202,147 @@ func (sh *strictHandler) Status(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// ListTeams operation middleware
+func (sh *strictHandler) ListTeams(w http.ResponseWriter, r *http.Request) {
+	var request ListTeamsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListTeams(ctx, request.(ListTeamsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListTeams")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListTeamsResponseObject); ok {
+		if err := validResponse.VisitListTeamsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// SetTeamLimits operation middleware
+func (sh *strictHandler) SetTeamLimits(w http.ResponseWriter, r *http.Request, teamID string) {
+	var request SetTeamLimitsRequestObject
+
+	request.TeamID = teamID
+
+	var body SetTeamLimitsJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.SetTeamLimits(ctx, request.(SetTeamLimitsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "SetTeamLimits")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(SetTeamLimitsResponseObject); ok {
+		if err := validResponse.VisitSetTeamLimitsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // Base64 encoded, compressed with deflate, json marshaled OpenAPI spec.
 // Stored as a slice of fixed-width chunks rather than one concatenated
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"zFxbj9s4lv4rhHaBelHsSndmgHWeqrvTm8J0kkYqO7NAI8jQ0rHFKYpUk1S5jCD/fXEOKYqyKZcrt52n",
-	"JCbFy7l858p8LCrddlqBcrZYfSw6bngLDgz9y3JVr/X99S/4jxpsZUTnhFbFqnjXAAvDJdMbxtWeOeDt",
-	"oigLgRM67pqiLBRvoVglK5WFgT97YaAuVs70UBa2aqDluIXbdzTZGaG2xadPZWEV72yj3ewRwvhZZxjX",
-	"eswhPuFk22llgYjyKxeyN4B/rbRyoBz+lXedFBXHoy3/ZfF8H5M1/9PAplgV/7Ecqb30o3b5whht/D7T",
-	"+z27vGSuAYZHBevY2gC/tYwz00t4zp5dPqVhp29BMWFZK6wVasu0YTuj1RanPMMpBnBYaWb7qhm4hqP/",
-	"xYSzzDrugNUacI5jXEq9YwJJaphwbMOFhJpxVeNwgzsIy6qGqy3Uz9lfwiktmDswYTb+/GP6c8UVrl1r",
-	"XFHp3cJz15MAKfSzVlZL+E0oOOb0FZNCAbIYl9wiNS4sq/wnyO3O6A6ME55DDu5dhpNl4UQL1vG2w9GN",
-	"Ni13xaqouYMnOFSUGQkcBeWP5PvSb/I+fqHX/4LK4SYvtgasfQub3nKZu0sN1glFosJcwx3bccsMzoea",
-	"Oc34wKLjm1W69+I2XfOl3jG9caBKxh2TwK1bsR0uXekWLHNasw23zosB/torB/VivLBQDrZgCi+Ew/Ey",
-	"p69rvB1JQ6eNe86g7dyebbRhnP3Zg9mXbCdco3vHOE1hO5JAL4fcAFNaweKY1mWxEca6c1lTFpI/ZrYH",
-	"gcP7/AOJ5EYsYxWXKO1B/Oly2bN2Rjtd6QyDXdWVrK+7komq7UrmpC1Z41xXslp5yuGGUtzmqWCAB/w4",
-	"Huol5HEQlDP7QUE6LUW1pwtccLnj+yheFyW7QELYCxqUohXuInsKC38e7/S6b9dghm2Q/n5hLr0gu0ZY",
-	"5kBKy/QGl42sEcr99VlG3A4UDHcd5CAwuAxCn5B8KqOBtYE6kX5Z1VR39f90W8PrOVFYQ8VbQpqohReW",
-	"gbqrM8roIfB4pV+5tLBCpEPNHlHwwjIuDfA6Fam11hK4Is0TW7B55NoY3f4Sh6fb3by8evLDX/4auW/0",
-	"1vCWrWGjzYyiGd3+HYzNqngYSJYjqp9ab+InHKOu1rev7FRTdb+WiZoqEiycfDce6zQWpx7FwInpzSZU",
-	"G1eOdI4ny4oKWeW8kOxAOW9iS7Zr9iXpNMGt06zWOdiuZ/T25bt3v5MB7u2hvvz4QxaeAQ/2Ib/iFS61",
-	"lsBUEGJk4Mb7KyVhdMurRiiwz4NYkknQHagZQL6fg0y8KONrhHnhnjMurWYdN27YtQVr+TYvLpLvweTp",
-	"kS5h99ZB65HFuxXZ1cJOWWoA+mcV0NU70J2cg1zysOaczDBcsqDNUm9Zw+1jL34gwMTC8fg5IXzJuw4U",
-	"fnys9LoF74y5Gdw6FsOEUl/uGg0/HB0MfUxu4yk6Tn6NNvEXA9ZpAx9qICSuF4/zu3DmabK91jVcq43O",
-	"iURQAE8106t4ULAZve16m1Ar0UJRZ6nYQqvN/qe9gynezZm/sui0lm/RJBwf9r9R6Cxba+3Q/26Az3hs",
-	"plfEoxnPYCsUlN7355Zt74TVJq8Gfp2/z0JwRHp/vQPGD0OM/FoYSJ0/890Z5udnvp9fa0ZURD2B+oE0",
-	"R5crPXOnLEvvl7JmTsjClbPQE/xJggkbxc4C4A/HosZr3bmcM3HtmO3NnbhDGWCoOylEkl8x400E9coh",
-	"+N4fiq6O0YCk2I6tgQXlrEsmNmN0shO2gRphNCs4oOqrR7ji6E6d6czgVH8M4RBzh3hjOFwIaG6V3qnF",
-	"3F5veofnqWdSCD5CRUDnGOCC8btuKPzN0xYnnFITuIeqxz3yJkVYhJ7IxCEgR5402jrmpcyyihuznx5i",
-	"3ANnPpRbCAL6Rr3EyT6TQezNyVkUCHTikbjemoSsSZ4QJI3wKO5TuuHMg9/Q3EMdT6k7rJceZRDIKZ8m",
-	"cncgGGXUv4REiQoFaudw4C1Y3Zsqh4i/YXhlHzDK8zamFvb21U/5Mc+p/Oihn5Hi3Kufirhw7jaB7j9j",
-	"yJW90R2MBpOt9z55dHyrWyFl8FsyNo9cgvmx2Q8N2L6dH+2Vmh0cxNjNz0D5mRk9jD2GqeOm48nj/ZLz",
-	"HuxfRvqc4MG1sh1UM2mYaF8wxGFr7RpmRZ3zYVSIFLiUbzbF6o/TepdatU/vy6P4X0q2a0AhGseEoekJ",
-	"elUvJQYfQ0b16F4GKm3qMzX/rZ98SPmwRumvdYJ6AfKyiD/B2NPayX2+K2dDQ1LLr2aAVw3YMT+ZhexK",
-	"K8eFmgt+vKt2YX34dmR/xnVQga/bbNDzq5DBuW20rG0IS4dTYdTq8jGQAqcy93wNbqfNLR3JdryaZmHz",
-	"qTFRP3C/zugKrJ3xZrV2m8xJXiEmRaufJoLxi1MO7Uwu7QFn91DyTniSka3+8mUUm4Gs8VYp705I79uo",
-	"Krn0AycKtiLmiyspQLkkDzGGg1lfUwpu8yxy0HaSuyiEpOxpfhQ3b3mdl6F1L2Q9kwWqDPBHegrRrTxS",
-	"PQIgUDWZIOEsyGm68aFlX83lDHxZq30wYwCqfhvztDnvGk8H9WrMHeBpdO9KpnVbsk7UtvQC/AHuhSuD",
-	"cnyoDLdNycjCfPBZj5Ih2H2QGpexTe9qvVMYUGvTNVwNLvGuQdUXjklxB3bu1PAQSX08nqXkDMJPne0v",
-	"cIuBvOJe1WDYjvsEdkw0zxUNGoHuGoXPwkFrH7IvY04lpjAKbgzfk1vF71/khe4dncMhhoKqh3Q3UL3x",
-	"wjLpXT2qnZ0viS04XnPHg6URuBeXv0+LWfm0S4IZKB0zSqeN2Ap1unQ65Kkp6066TU5FEmnNFmw6bkC5",
-	"k8VhT6m4F27kSwOZxdBrOiWdBHw06/NF1KTu+ik5Gf36BxPcFqpQEJ6em8JIbm9tKI9RpXYmjjpR5ybQ",
-	"5+HmY6FKKyssOTAhC7kLplEMKZNbobaLmRDsO0RtZYHKMVcUCIYmO3wi1R+WnCxQBos2GqCoFGN4ODL+",
-	"MCyMWhg5mVqrfGAZgWIE1dQoTIxMeRiwpn0IUeqjska1GrHthKdwM/Al555GxzaIBUKUFBtSZlB9+3Vj",
-	"mUCK5LQju2/CJ9lQZgCHaa5vcGe0JasmMrHNV/Y30DV7TO72INs7vddlLIP7qgBOPask6uuZdmLQ5oxA",
-	"NFx6l40qAvtXJ+GD6hjehVxFZxJxC4Yk2HMyASvPBhSkP3tuuHJixi6ckZAOuUUMR5Jc5BempR9oVArn",
-	"n7E/UwjOANbXwbJU+R8GtgTQSCgGTk8R6kRsMk1vjxKehRSEghsH3TEV3yhg1kEXwmWcWA5CVSZZQkaG",
-	"zkAneQUtypHezJTPIV9hfRGc2WDytbmdqft9RhWxFvVcSD20hxy7UB2YmWYY3CoOjy4h0YnkbDVQKtAp",
-	"pVLv+xCyhxkr5sd9PlKrLVIG50zdoJma+oEAjveJjROeknHbUGOeExHX23ytldLonDx1JpR1XLlcKbxt",
-	"hcunn72BzmdOSNp/5UKerDw53/OU1DPIn7VCVRB4w407E4b9njd9VYG1pyteX7DLkJ97KCtHBc3DCtwZ",
-	"zlhI5R56fRkPO2nXC1PPj2QQvWYEth3aMu3YA/b5NcFs1WsGa++SDA1JXaD2cNxpuS918w5ZPxXAY8UY",
-	"ggDh9jdIfs+dq7oV6h06/aewQ5sLO4YG1LfaAK9JI0Pn6v8+oaWe+LVG69+Jv8Het46KbL37ptG7WHy0",
-	"ZZrJATL9cAfGc4fcFZwgzCRBWrJG7/D3/SAVwS/b+x99yoBdDX0mVEhzQxplres91UAVdZnwTiz2vJV4",
-	"UykqUJZkP1zzquNVA09+WFwWZdEbiZRwrrOr5XK32y04DS+02S7Dt3b52/XPL17fvKBvqIvBYexXUOU4",
-	"UJdd/X6d1IRXxeXiqZ8dTlSsih8Xl4sfydt1DbFuOXy9vHu65KZqxJ3naZfNKiN6Xf+CoM+Zgh0lK9g7",
-	"fgt0cSX3bFgDie7lN6DVXvfMmd7nUiM4X9e4attp46LrXE66s//Ip++QkeQyp+H9GqgPNMoX9WmO4hVd",
-	"j0d0Zs82UtIRKi6lpSZKHhKJ2tCfK8e3c8cI1mh+0/exU+cn7RsmZhqw7584bqYd2BHG1kJx2jXb553e",
-	"/7Dx+4fLp1+t6TsyNdP3/QulW+jnDe/lbJE3Hm45tKQTDvVtixdcFYP8Jd5ZLOjDPYoW1CXjUvoYgFjk",
-	"G7wJWvnWpg5r8R5Xz+rF8uPo1X7C025hJikUvgi1ibF7/aCzu+bQakU4QwCVNDrteExwDLO9iztEJ9wy",
-	"C5UBF7q19mRv2OvQur7WvaotYVr0pPit142p9r24P619OZaMU5aJo+8FdyJJl99AemfJ/TWEKQnTuSUX",
-	"byMkuf6OG9/yTaLkfLIq+BEKAPmsicbEIHWmbE3cnCBPU/78Jqy7Sdt1ToHjG8RgR8BIskZ9yslLkTlE",
-	"fAQCJlt4AbXgq+MkW3DfSfL0NlxayO8aOxnipmdltI+ybge5Aev2ZBRRiB4ri8eo9pgjDUXcwzN9O8w7",
-	"aFCYeDglmmawzme6J3IYKt4nxHD5MQbrnzy2SfCJt6lU/k1IORTQHw0ZMR2Q4dKzTG02YJqHb2pmRF+7",
-	"pTbtL6flC1UnGcSD91XHpCvnYd9X7f0S3mGMy1q+txTtUys1Qb5QbNeIqsHgv7bPA67fQucoHWXhDhSr",
-	"+T6D2aFn4psw4PLrGf+jBo9vqBFXyTsGz4ekTpy2Jt4qjBViyfgzdWMZXmXNugFX0upJ04U3GV4qJFhy",
-	"i9H2s0b3hvGtPmZzDG39Vv+PbD4LDdO3bd8RC98NpVOJwd/M67mSaVl/DVBcwnbolMnzffLuTXgfgp4t",
-	"UYSJMO3fsA2VvuFF3CZUgSme9I97no9l4afl5eUlPStDgFiwzxAvdkUx23FHJtXY05QDW8NWEMrCblYq",
-	"/fu/LxHKvGuxO3gqWDK+5ehpaF0yvnFgwmtR/yArhPPCMp8InHN16MuJ03GUtGqFEm3fFqvLzAOu76JB",
-	"0zeV31GH/nHqfSbTvqS243vmWzu+kio5wyuYdXzf4ei/gYk7zxOMNYXvjHxOtOhmOOjs4XM+30KPRpCs",
-	"nfVIQjl6eqcS35QLxbSpQ6rxM3nZj+8N87mj330zHKXnwLRCcRlfiQqDgtX1jm0108pbbktvr3bcVU3M",
-	"IiEAdlpKqBfsxhnKtgJaeUSBf/aK33FBjRH/9Gv4Ih9ZAQWV81CyYNco7EiRvkNJb7hEyrVC9c63RDnD",
-	"ld3gtrFNZ8HeqAoQGnvC7q32T0CG8qegRnYpwSzYFcEUj7nC2OLvHxd6H1arY2wNrzb/zR279H3pTEju",
-	"Hxig7ePK7sDY4Zl9eCpqYHwj+uWK8NYX4kY6kyaEOn+EsfV+8kj1TGkPWvJAgB5nfRewiVm174c1Lyi+",
-	"nOlhODfZMVBpkklb3oERm32KHFMC/53Gv1GG6ln2KZLAYI3+04WvIZy8TpOThEu67RDLUCEQunyAosQG",
-	"DizqCWLGEmVWKkMF81uGd36Hb2zfvLaWaQjnob0Zam42KYumdbeBhP6Y7z+l1SuSm7Ru9cd7lI1QsaBR",
-	"X5hZksyEtT6mGSy8evnx4D9+KT69//R/AQAA//8=",
+	"zFxbcxs3lv4rKO5W6aVNyoknuys9KYmzUU18KUub2aqU1wN2H7IxQgMdAE2K5fJ/3zoHaDSaRFOULXtm",
+	"XiYm0Licy3eu0MdZqZtWK1DOzi4+zlpueAMODP3LclUt9f31z/iPCmxpROuEVrOL2W0NLAwXTK8YVzvm",
+	"gDfzWTETOKHlrp4VM8UbmF0kKxUzA392wkA1u3Cmg2Jmyxoajlu4XUuTnRFqPfv0qZhZxVtbazd5hDB+",
+	"0hmGtR5ziE842bZaWSCi/MKF7Azgf5ZaOVAO/5O3rRQlx6Mt/mHxfB+TNf/dwGp2Mfu3xUDthR+1i5fG",
+	"aOP3Gd/vxfk5czUwPCpYx5YG+J1lnJlOwiV7cf6chp2+A8WEZY2wVqg104ZtjVZrnPICpxjAYaWZ7cq6",
+	"5xqO/hcTzjLruANWacA5jnEp9ZYJJKlhwrEVFxIqxlWFwzXuICwra67WUF2yv4RTWjAbMGE2/vx9+nPJ",
+	"Fa5daVxR6e3cc9eTACn0k1ZWS/hNKDjk9BWTQgGyGJdcIzXOLCv9J8jt1ugWjBOeQw7uXYaTxcyJBqzj",
+	"TYujK20a7mYXs4o7eIZDsyIjgYOg/JF8X/hN3scv9PIfUDrc5OXagLXvYNVZLnN3qcA6oUhUmKu5Y1tu",
+	"mcH5UDGnGe9ZdHizUnde3MZr/qq3TK8cqIJxxyRw6y7YFpcudQOWOa3ZilvnxQB/7ZSDaj5cWCgHazAz",
+	"L4T98TKnryq8HUlDq427ZNC0bsdW2jDO/uzA7Aq2Fa7WnWOcprAtSaCXQ26AKa1gfkjrYrYSxrpTWVPM",
+	"JH/MbA8C+/f5GxLJDVjGSi5R2oP40+WyZ22NdrrUGQa7si1YV7UFE2XTFsxJW7DaubZglfKUww2luMtT",
+	"wQAP+HE41EnI4yAoZ3a9grRainJHFzjjcst3UbzOCnaGhLBnNChFI9xZ9hQW/jzc6XXXLMH02yD9/cJc",
+	"ekF2tbDMgZSW6RUuG1kjlPvhRUbc9hQMd+3lIDC4CEKfkHwso4G1gTqRflnVVJvqf9q14dWUKCyh5A0h",
+	"TdTCM8tAbaqMMnoIPFzpFy4tXCDSoWYPKHhmGZcGeJWK1FJrCVyR5ok12DxyrYxufo7D4+1ufr169t1f",
+	"fojcN3pteMOWsNJmQtGMbn4HY7MqHgaS5Yjqx9Yb+QmHqKv13Ss71lTdLWWipooECydvhmMdx+LUo+g5",
+	"Mb7ZiGrDypHO8WRZUSGrnBeSLSjnTWzBtvWuIJ0muHWaVToH29WE3v56e/uWDHBn9/Xl+++y8Ax4sA/5",
+	"Fa9wqaUEpoIQIwNX3l8pCKMbXtZCgb0MYkkmQbegJgD5fgoy8aKMLxHmhbtkXFrNWm5cv2sD1vJ1Xlwk",
+	"34HJ0yNdwu6sg8Yji3crsquFnbLUAPTPSqCrt6BbOQW55GFNOZlhuGBBm6Ves5rbx158T4CJhcPxc0L4",
+	"K29bUPjxodLrBrwz5iZw61AME0p9uWvU/3BwMPQxuY2naDn5NdrEXwxYpw18qICQuJo/zu/CmcfJ9lpX",
+	"cK1WOicSQQE81Uyn4kHBZvS27WxCrUQLRZWlYgONNrsfdw7GeDdl/opZq7V8hybh8LD/jUJn2VJrh/53",
+	"DXzCYzOdIh5NeAZroaDwvj+3bL0RVpu8Gvh1fp+E4Ij0/np7jO+HGPm10JM6f+bNCebnJ76bXmtCVEQ1",
+	"gvqeNAeXKzxzxyxL75eyZkrIwpWz0BP8SYIJG8XOAuAPh6LGK926nDNx7ZjtzEZsUAYY6k4KkeRXTHgT",
+	"Qb1yCL7zh6KrYzQgKbZjS2BBOauCidUQnWyFraFCGM0KDqjq6hGuOLpTJzozONUfQzjE3D7e6A8XApo7",
+	"pbdqPrXXm87heaqJFIKPUBHQOQa4YPyuKwp/87TFCcfUBO6h7HCPvEkRFqEnMrEPyJEntbaOeSmzrOTG",
+	"7MaHGPbAmQ/lFoKAvlG/4mSfySD25uQsCgQ68Uhcb01C1iRPCJJGeBT3Kd1w4sFvaO6+jqfU7ddLj9IL",
+	"5JhPI7nbE4wi6l9CokSFArVzOPAOrO5MmUPE3zC8sg8Y5WkbUwl79+rH/JjnVH50389Ice7Vj7O4cO42",
+	"ge4/YciVvdEGBoPJljufPDq81Z2QMvgtGZtHLsH02OSHBmzXTI92Sk0O9mLspmeg/EyM7sce/dRh0+Hk",
+	"8X7Jeff2LyJ9jvDgWtkWyok0TLQvGOKwpXY1s6LK+TAqRApcyjer2cUfx/UutWqf3hcH8b+UbFuDQjSO",
+	"CUPTEfSqTkoMPvqM6sG9DJTaVCdq/js/eZ/yYY3CX+sI9QLkZRF/hLHHtZP7fFfOhoakll/NAC9rsEN+",
+	"MgvZpVaOCzUV/HhX7cz68O3A/gzroAJfN9mg5xchg3Nba1nZEJb2p8Ko1eVjIAVOZe75GtxWmzs6km15",
+	"Oc7C5lNjonrgfq3RJVg74c1q7VaZk7xCTIpWP00E4xfHHNqJXNoDzu6+5B3xJCNb/eWLKDY9WeOtUt4d",
+	"kd53UVVy6QdOFGxEzBeXUoBySR5iCAezvqYU3OZZ5KBpJXdRCEnZ0/wobt7wKi9Dy07IaiILVBrgj/QU",
+	"olt5oHoEQKAqMkHCWZDjdONDy76ayhn4slbzYMYAVPUu5mlz3jWeDqqLIXeAp9GdK5jWTcFaUdnCC/AH",
+	"uBeuCMrxoTTc1gUjC/PBZz0KhmD3QWpcxtadq/RWYUCtTVtz1bvE2xpVXzgmxQbs1KnhIZL6eDxLyQmE",
+	"HzvbX+AWA3nFnarAsC33CeyYaJ4qGtQC3TUKn4WDxj5kX4acSkxhzLgxfEduFb9/mRe6WzqHQwwFVfXp",
+	"bqB645ll0rt6VDs7XRIbcLzijgdLI3AvLt+Oi1n5tEuCGSgdE0qnjVgLdbx02uepKetOuk1ORRJpTRZs",
+	"Wm5AuaPFYU+puBdu5EsDmcXQazomnQR8NOvzRdSk7voxORn8+gcT3BbKUBAen5vCSG7vbCiPUaV2Io46",
+	"Uucm0Ofh5kOhSisrLDkwIQu5DaZR9CmTO6HW84kQ7BtEbcUMlWOqKBAMTXb4SKo/LDlaoAgWbTBAUSmG",
+	"8HBg/H5YGLUwcjK1VvnAMgLFAKqpURgZmWI/YE37EKLUR2WNajVg2xFP4abnS849jY5tEAuEKClWpMyg",
+	"uuZpY5lAiuS0A7tvwifZUKYHh3Gur3dntCWrJjKxzRP7G+iaPSZ3u5ftHd/rPJbBfVUAp55UEvX1TDsy",
+	"aFNGIBouvc1GFYH9F0fhg+oY3oW8iM4k4hb0SbBLMgEXng0oSH923HDlxIRdOCEhHXKLGI4kucgvTEs/",
+	"0KgUzj9hf8YQnAGsp8GyVPkfBrYE0Egoek6PEepIbDJObw8SnoUUhIIbB+0hFd8oYNZBG8JlnFj0QlUk",
+	"WUJGhs5AK3kJDcqRXk2UzyFfYX0ZnNlg8rW5m6j7fUYVsRLVVEjdt4cculAtmIlmGNwqDg8uIdGJ5Oyi",
+	"p1SgU0qlzvchZA8zVMwP+3ykVmukDM4Zu0ETNfU9ARzuExsnPCXjtqHGPCUirrP5Wiul0Tl56kwo67hy",
+	"uVJ40wiXTz97A53PnJC0/8KFPFp5cr7nKalnkD9rhSoh8IYbdyIM+z1vurIEa49XvL5glz4/91BWjgqa",
+	"+xW4E5yxkMrd9/oyHnbSrhemnh7JIHpNCGzTt2XaoQfs82uC2arXBNZukgwNSV2gdn/ccbkvdfP2WT8W",
+	"wJxi3AJvcmrhQHG0pqoK3hfGiYdq4X9/iKW4iS8qHIUsK7t1Hq1GWTw8T29s7Jkfm08x9xTbFk1YwBU6",
+	"R9HfbYpqv8WrZ8MeXJQ1fDfRWKOUz5Fn81mcull9k2taneaxHlvzDWG4umTnoUl2qTs1UWhPtnsL5gZK",
+	"rapcynSLGOhTy0e3LxhfOQRNtuww+Eb53ooSGCXZ1O6kQ9W6MxPZPLQVYB35/AeJ7ow/u8wh8/Pz//uB",
+	"LSm7wSxdmQnl9MNXUxVD99crbXPSXY61F4Q4hdYNkQpzeg0IKvMTWgsTVfckG/FzNsHdQJXjwvsT9Z8d",
+	"LwCSHHv7RLMfFOaG34sGY7Tn5/S/YtYI5X85f4xwPnadKE/xw//8jx/Sr54fk5293R7abMTwIyd9nuXv",
+	"Hkv6VIxwuxtETL/qVdUIdavv4KgHp82ZHRI09HqgBl6RXxTeD/zvM1rqmV9riMFa8VfY+QZ+ke06uqn1",
+	"NraA2CLNp3uUgA0YbyMpaMQJwozKVAWr9RZ/3/W2OUTHO/+jT9yyq77bj9oZXJ/MXupqR50oirCOt2K+",
+	"442cEziXoCzJbrjmVcvLGp59Nz+fFbPOSKSEc629WCy22+2c0/Bcm/UifGsXv13/9PL1zUv6hnrJnMSV",
+	"qH8nUJddvb1OOnMuZufz5352ONHsYvb9/Hz+PeUcXE2sW/RfLzbPF9yUtdh4nrbZ2h76kNc/I8pwpjwI",
+	"z9ktvwO6uJI71q+BRPdeRPAZd7pjznS+ohVd5OsKV21abVxMYBSjNzJ/5IsoyEhKXKRJ1iVQN36UL+qW",
+	"H8QrWs9HvI+ZbGenI5RcSkut7DyUc7Sh/79wfD11jN52T276PvZL/qh929rEM5j7Z46b8TuY6EwuheK0",
+	"a/a1TXr//ec3350/f7KnN5Gpmdc3P1PSm35e8U5OttrEwy36h0GEQ13T4AUvZr38JTFybKuCexQtqAoy",
+	"puSSEYv8Mxsyanxt07TB7D2untWLxccht/AJT7uGidR8+CJUiIc3RHvvayoODZp0VXmAStpNtzymmfvZ",
+	"PtHQ54i4RV/BgAs9szvy+tnr8ICIXABLmBbjWX7ndWOsfS/vj2tfjiXDlEWSbvGCO5Kk868gvZPkfgph",
+	"SpKl3FKgvRKSEjCOG//whkTJed85RHMKAPmsicbEIHWibI3Mc5CnMX9+E9bdpE2Tx8DxDWKwI2AkWaPX",
+	"Isl7vSlEfAQCJlt4AbXge5RItuC+lRRvr7i0kN819pPFTU+qKx7UPvYytNbtyCiiED1WFg9R7TFH6ltp",
+	"9s/09TBvr01s5OEUaJoxKKF640gOQ9/RETFcfIwp008e2yT48sdYKv8qpOzbmB4NGTEpm+HSi0y4FzDN",
+	"wze1lHO1Yw09lvlyWr5UVVLH2Xvleki6Yhr2fe+UX8I7jHFZy3eWcq70oMVnKxTb1qKs2Vabyl4GXL+D",
+	"1lFRwMIGFKv4LoPZoXPtqzDg/OmM/0Gb3VfUiKvkNZnnQ9KtkzaI3ymMFWLjzmfqxiK8jZ10A66k1aOM",
+	"gDcZXiokWHKL0fYzDAcZX+tDNscEo9/qn8jmk9AwfWH8DbHwtm9gkSLkhDJvmAumZfUUoLiAdd+vmOf7",
+	"6PWx8D4EPR6lCBNh2r8k7vst+nfJq9CLQ/Gkf2J5OTTnPC/Oz8/pcS8CxJx9hnixK4rZDvviqdMpTfyy",
+	"JawFoSxsJ6XSv8L+EqHMuxbbvQfbBeNrjp6G1n02z7/Z989iQzgvLPPlmClXh74cOR0HpYNjiZRvo0Hj",
+	"l+3fUIf+duyVPNO+sWHLd8w32D2RKjnDS5h0fG9x9F/AxJ3mCcbK7jdGPicadDMctHb/UbV/yERZYl+L",
+	"ICShSim9Fox/2UMopk0VkryfyctuePWdzx299S3JlJ4D0wjFZXyrLwwKVts5ttZMK2+5Lb2A3XJX1jGL",
+	"hADYaimhmrMbZ6jmBWjlEQX+3im+4YLa0/7u1/CtFmQFFJTOQ8mcXaOwI0W6FiW95hIp1wjVOd+Y6gxX",
+	"doXbxmbJOXujSkBo7Ai719on5PsmFEHPiaQEM2dXoejQ5wrjQyv/xNv7sFodYmt4O/8v7tilr/wnQnL/",
+	"zAttH1d2C8b2f+wkPNg3MLzU/3JFeOfbIQY6kyb0NYwexpa70Z8KOFHag5Y8EKDHWd8EbGJW7dthzUuK",
+	"Lyc6yU5NdvRUGmXSFhswYrVLkWNM4N9p/CtlqF5kH4QKDNboT988hXDyKk1OEi7ppkUsQ4VA6PIBihIr",
+	"2LOoR4gZG0WyUhn6SL5meOd3+Mr2zWtrkYZwHtrrvvPBJs0pafdDT0J/zEMCxo6KSa2+DU0MX1+jqbnh",
+	"m2vzUA8bOiemvTucPUXGxUefSvy0GPosWrTcE10H4VXxWmxAoZ+ys3NG7RP+MVTS728ozbjSpgQWSi/e",
+	"ohS+J3s1/N2Dvj3JdOqScZ8CR0uQ1G39H2ayfYq0BYWRl9ENLqzQJLNovcJk2qHv/B56NkcfHcZI4JLO",
+	"iwPEyvzttM8oTp1cJ3qcXh9U3U+qGZ0/6f5fU/b9rTxLD7pf9oU9qXgT59Ja9x/vkQWhykmjvpi7IDsT",
+	"VvqYZr0RLouPe3+yL/2Jtv30/tP/BwAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,

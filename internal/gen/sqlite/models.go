@@ -101,6 +101,9 @@ type Team struct {
 	Slug                string
 	ConcurrentSandboxes int64
 	MaxLengthHours      int64
+	NetworkConnections  int64
+	NetworkPerSecond    int64
+	NetworkMbit         int64
 }
 
 type Template struct {

@@ -59,7 +59,7 @@ func (q *Queries) DeleteKey(ctx context.Context, arg DeleteKeyParams) (int64, er
 }
 
 const findKey = `-- name: FindKey :one
-SELECT keys.id, keys.team_id, keys.name, keys.hash, keys.prefix, keys.suffix, keys.length, keys.created_at, keys.last_used, teams.seq, teams.id, teams.name, teams.slug, teams.concurrent_sandboxes, teams.max_length_hours
+SELECT keys.id, keys.team_id, keys.name, keys.hash, keys.prefix, keys.suffix, keys.length, keys.created_at, keys.last_used, teams.seq, teams.id, teams.name, teams.slug, teams.concurrent_sandboxes, teams.max_length_hours, teams.network_connections, teams.network_per_second, teams.network_mbit
 FROM keys JOIN teams ON teams.id = keys.team_id
 WHERE keys.hash = ?1
 `
@@ -88,6 +88,9 @@ func (q *Queries) FindKey(ctx context.Context, hash []byte) (FindKeyRow, error) 
 		&i.Team.Slug,
 		&i.Team.ConcurrentSandboxes,
 		&i.Team.MaxLengthHours,
+		&i.Team.NetworkConnections,
+		&i.Team.NetworkPerSecond,
+		&i.Team.NetworkMbit,
 	)
 	return i, err
 }
@@ -141,7 +144,7 @@ func (q *Queries) ListKeys(ctx context.Context, teamID string) ([]Key, error) {
 }
 
 const listTeams = `-- name: ListTeams :many
-SELECT seq, id, name, slug, concurrent_sandboxes, max_length_hours FROM teams ORDER BY seq
+SELECT seq, id, name, slug, concurrent_sandboxes, max_length_hours, network_connections, network_per_second, network_mbit FROM teams ORDER BY seq
 `
 
 func (q *Queries) ListTeams(ctx context.Context) ([]Team, error) {
@@ -160,6 +163,9 @@ func (q *Queries) ListTeams(ctx context.Context) ([]Team, error) {
 			&i.Slug,
 			&i.ConcurrentSandboxes,
 			&i.MaxLengthHours,
+			&i.NetworkConnections,
+			&i.NetworkPerSecond,
+			&i.NetworkMbit,
 		); err != nil {
 			return nil, err
 		}
@@ -175,13 +181,16 @@ func (q *Queries) ListTeams(ctx context.Context) ([]Team, error) {
 }
 
 const putTeam = `-- name: PutTeam :exec
-INSERT INTO teams (id, name, slug, concurrent_sandboxes, max_length_hours)
-VALUES (?1, ?2, ?3, ?4, ?5)
+INSERT INTO teams (id, name, slug, concurrent_sandboxes, max_length_hours, network_connections, network_per_second, network_mbit)
+VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
 ON CONFLICT (id) DO UPDATE SET
     name = excluded.name,
     slug = excluded.slug,
     concurrent_sandboxes = excluded.concurrent_sandboxes,
-    max_length_hours = excluded.max_length_hours
+    max_length_hours = excluded.max_length_hours,
+    network_connections = excluded.network_connections,
+    network_per_second = excluded.network_per_second,
+    network_mbit = excluded.network_mbit
 `
 
 type PutTeamParams struct {
@@ -190,6 +199,9 @@ type PutTeamParams struct {
 	Slug                string
 	ConcurrentSandboxes int64
 	MaxLengthHours      int64
+	NetworkConnections  int64
+	NetworkPerSecond    int64
+	NetworkMbit         int64
 }
 
 func (q *Queries) PutTeam(ctx context.Context, arg PutTeamParams) error {
@@ -199,6 +211,9 @@ func (q *Queries) PutTeam(ctx context.Context, arg PutTeamParams) error {
 		arg.Slug,
 		arg.ConcurrentSandboxes,
 		arg.MaxLengthHours,
+		arg.NetworkConnections,
+		arg.NetworkPerSecond,
+		arg.NetworkMbit,
 	)
 	return err
 }
@@ -222,7 +237,7 @@ func (q *Queries) RenameKey(ctx context.Context, arg RenameKeyParams) (int64, er
 }
 
 const team = `-- name: Team :one
-SELECT seq, id, name, slug, concurrent_sandboxes, max_length_hours FROM teams WHERE id = ?1
+SELECT seq, id, name, slug, concurrent_sandboxes, max_length_hours, network_connections, network_per_second, network_mbit FROM teams WHERE id = ?1
 `
 
 func (q *Queries) Team(ctx context.Context, id string) (Team, error) {
@@ -235,6 +250,9 @@ func (q *Queries) Team(ctx context.Context, id string) (Team, error) {
 		&i.Slug,
 		&i.ConcurrentSandboxes,
 		&i.MaxLengthHours,
+		&i.NetworkConnections,
+		&i.NetworkPerSecond,
+		&i.NetworkMbit,
 	)
 	return i, err
 }

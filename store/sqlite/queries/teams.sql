@@ -1,11 +1,14 @@
 -- name: PutTeam :exec
-INSERT INTO teams (id, name, slug, concurrent_sandboxes, max_length_hours)
-VALUES (@id, @name, @slug, @concurrent_sandboxes, @max_length_hours)
+INSERT INTO teams (id, name, slug, concurrent_sandboxes, max_length_hours, network_connections, network_per_second, network_mbit)
+VALUES (@id, @name, @slug, @concurrent_sandboxes, @max_length_hours, @network_connections, @network_per_second, @network_mbit)
 ON CONFLICT (id) DO UPDATE SET
     name = excluded.name,
     slug = excluded.slug,
     concurrent_sandboxes = excluded.concurrent_sandboxes,
-    max_length_hours = excluded.max_length_hours;
+    max_length_hours = excluded.max_length_hours,
+    network_connections = excluded.network_connections,
+    network_per_second = excluded.network_per_second,
+    network_mbit = excluded.network_mbit;
 
 -- name: Team :one
 SELECT * FROM teams WHERE id = @id;
