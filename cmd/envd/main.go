@@ -18,12 +18,14 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
 
 	"github.com/cayhq/cay/envd"
 	"github.com/cayhq/cay/internal/disposition"
+	"github.com/cayhq/cay/internal/rawconn"
 )
 
 // An idle sandbox should cost little, so the heap is kept small: collected
@@ -33,6 +35,12 @@ const (
 	gcPercent   = 50
 	memoryLimit = 16 << 20
 )
+
+// maxProcs is how many goroutines run at a time. Most of what envd does is to
+// wait for calls of the system, which do not count. With a second one, each call
+// of a client wakes threads that find nothing to do, and under gVisor that takes
+// as long as the rest of the call.
+const maxProcs = 1
 
 const usage = `envd serves processes, files and watches of this sandbox.
 
@@ -46,6 +54,7 @@ Flags:
 `
 
 func main() {
+	runtime.GOMAXPROCS(maxProcs)
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 	if err := disposition.RestoreRest(); err != nil {
@@ -194,5 +203,5 @@ func serve(ctx context.Context, o options, errw io.Writer) error {
 	}
 	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
 	s := envd.New(envd.Config{Log: log, ControlToken: token, Build: o.build, Instance: o.instance, Cgroup: o.cgroup, State: state, Keeper: keeper, System: o.system})
-	return s.Run(ctx, public, control)
+	return s.Run(ctx, rawconn.Listener{Listener: public}, rawconn.Listener{Listener: control})
 }

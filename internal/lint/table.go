@@ -64,6 +64,7 @@ var Packages = []Package{
 	{"internal/keyring", Internal, "seals small values under keys of a file"},
 	{"internal/lint", Internal, "these rules"},
 	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
+	{"internal/rawconn", Internal, "TCP connections that Go's scheduler is not told to wait for"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},
 	{"internal/wholefile", Internal, "small files, replaced whole or not at all"},
 	{"network", Mechanism, "slot, address, namespace and firewall of a sandbox"},
