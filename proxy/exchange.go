@@ -12,8 +12,9 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
+
+	"github.com/cayhq/cay/internal/rawconn"
 )
 
 // wireBuffer is the size of the buffers of a connection to a guest. A stream
@@ -41,6 +42,7 @@ type wire struct {
 	in    *bufio.Reader
 	left  int64       // how much more the header may take; negative: it is over
 	used  bool        // it has carried an exchange before
+	later bool        // it is made with the first bytes that are sent
 	quiet *time.Timer // closes it when it was kept for long
 }
 
@@ -79,26 +81,8 @@ func (w *wire) close() {
 // alive reports whether a connection that nobody used can carry a request: the
 // guest has neither closed it nor said anything unasked.
 func (w *wire) alive() bool {
-	t, ok := w.conn.(*tracked)
-	if !ok {
-		return false
-	}
-	sc, ok := t.Conn.(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return false
-	}
-	good := false
-	err = raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		good = errors.Is(err, syscall.EAGAIN)
-		return true
-	})
-	return err == nil && good
+	c := w.tcp()
+	return c != nil && c.Quiet()
 }
 
 // reply is an answer under way. Its reader calls end.
@@ -108,6 +92,7 @@ type reply struct {
 	sent chan struct{}
 	stop func() bool // of watching the context
 	keep func(*wire)
+	told bool // the client has all of it
 }
 
 // rest returns the last n bytes of a long body as they come over TCP, so that
@@ -116,15 +101,11 @@ func (a *reply) rest(n int64) *io.LimitedReader {
 	if a.wire == nil || n < longBody || a.wire.in.Buffered() > 0 {
 		return nil
 	}
-	t, ok := a.wire.conn.(*tracked)
-	if !ok {
+	conn := a.wire.tcp()
+	if conn == nil {
 		return nil
 	}
-	conn, ok := t.Conn.(*net.TCPConn)
-	if !ok {
-		return nil
-	}
-	return &io.LimitedReader{R: conn, N: n}
+	return &io.LimitedReader{R: conn.TCPConn, N: n}
 }
 
 // end gives the connection back, or closes it. whole tells that the answer was
@@ -146,6 +127,10 @@ func (a *reply) end(whole bool) {
 		a.keep(w)
 		return
 	}
+	if a.told {
+		w.close()
+		return
+	}
 	go w.close() // a system call that the client need not wait for
 }
 
@@ -159,6 +144,10 @@ func (w *wire) exchange(req *http.Request, interim func(code int, h http.Header)
 	a := &reply{wire: w, sent: make(chan struct{})}
 	a.stop = context.AfterFunc(req.Context(), func() { _ = w.conn.SetDeadline(longAgo) })
 	w.left = maxResponseHeader
+	if w.later {
+		late := time.AfterFunc(dialTimeout, w.giveUp)
+		defer late.Stop()
+	}
 	if req.Body == nil || req.Body == http.NoBody || req.ContentLength > 0 && req.ContentLength <= shortBody {
 		err := w.send(req)
 		close(a.sent)
@@ -191,6 +180,23 @@ func (w *wire) exchange(req *http.Request, interim func(code int, h http.Header)
 		}
 		interim(res.StatusCode, res.Header)
 	}
+}
+
+// giveUp ends the wait for a guest that does not take the connection.
+func (w *wire) giveUp() {
+	if c := w.tcp(); c != nil && c.Opening() {
+		_ = w.conn.SetDeadline(longAgo)
+	}
+}
+
+// tcp returns the connection without what is around it; nil if that is TLS.
+func (w *wire) tcp() *rawconn.Conn {
+	if t, ok := w.conn.(*tracked); ok {
+		if c, ok := t.Conn.(*rawconn.Conn); ok {
+			return c
+		}
+	}
+	return nil
 }
 
 // said reports whether the guest has sent something: an answer to a request
@@ -404,32 +410,61 @@ func (u *upstreams) do(req *http.Request, c *connections, t target, interim func
 		return &reply{Response: res}, nil
 	}
 	kept := t.port == envdPort
-	var w *wire
 	if kept {
-		w = u.take(c)
-	}
-	for {
-		if w == nil {
-			conn, err := u.connect(req.Context(), c, t.port, req.URL.Scheme == "https")
-			if err != nil {
+		if w := u.take(c); w != nil {
+			a, err := w.exchange(req, interim)
+			if err == nil {
+				return u.keeping(a, c), nil
+			}
+			again := w.left == maxResponseHeader && repeatable(req) && req.Context().Err() == nil
+			_ = w.conn.Close() // its buffer may be in use by who sends the body
+			if !again {
 				return nil, err
 			}
-			w = newWire(conn)
+			// The daemon closed the kept connection as it was used.
 		}
-		a, err := w.exchange(req, interim)
-		if err == nil {
-			if kept {
-				a.keep = func(w *wire) { u.put(c, w) }
-			}
-			return a, nil
-		}
-		again := w.used && w.left == maxResponseHeader && repeatable(req) && req.Context().Err() == nil
-		_ = w.conn.Close() // its buffer may be in use by who sends the body
-		if !again {
-			return nil, err
-		}
-		w = nil // the daemon closed the kept connection as it was used
 	}
+	if !kept && req.Body == nil && req.URL.Scheme == "http" {
+		return u.doLater(req, c, t, interim)
+	}
+	conn, err := u.connect(req.Context(), c, t.port, req.URL.Scheme == "https")
+	if err != nil {
+		return nil, err
+	}
+	w := newWire(conn)
+	a, err := w.exchange(req, interim)
+	if err != nil {
+		_ = w.conn.Close()
+		return nil, err
+	}
+	if kept {
+		return u.keeping(a, c), nil
+	}
+	return a, nil
+}
+
+// keeping has the connection of an answer kept for the next request.
+func (u *upstreams) keeping(a *reply, c *connections) *reply {
+	a.keep = func(w *wire) { u.put(c, w) }
+	return a
+}
+
+// doLater is do for a request that can be written again, since it has no body:
+// the connection is made with it.
+func (u *upstreams) doLater(req *http.Request, c *connections, t target, interim func(code int, h http.Header)) (a *reply, err error) {
+	err = untilOpen(req.Context(), t.port, func() error {
+		conn, err := u.dialLater(req.Context(), c, t.port)
+		if err != nil {
+			return err
+		}
+		w := newWire(conn)
+		w.later = true
+		if a, err = w.exchange(req, interim); err != nil {
+			w.close() // nobody sends a body
+		}
+		return err
+	})
+	return a, err
 }
 
 // connect opens a connection to a port of an execution.

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/cayhq/cay/internal/rawconn"
 )
 
 // handshakeDeadline bounds a TLS handshake of a client.
@@ -217,7 +219,7 @@ func (l *gateListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if gc := l.gate.admit(c); gc != nil {
+		if gc := l.gate.admit(rawconn.New(c)); gc != nil {
 			return gc, nil
 		}
 		hangUp(c)

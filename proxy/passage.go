@@ -46,7 +46,7 @@ func newPassage(from *guarded, to net.Conn) *passage {
 }
 
 func rawTCP(c net.Conn) (syscall.RawConn, error) {
-	tcp, ok := c.(*net.TCPConn)
+	tcp, ok := c.(syscall.Conn)
 	if !ok {
 		return nil, errors.ErrUnsupported
 	}

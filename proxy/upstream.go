@@ -16,6 +16,7 @@ import (
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
+	"github.com/cayhq/cay/internal/rawconn"
 )
 
 // A service that is bound to the guest's localhost is re-exported by envd
@@ -27,10 +28,11 @@ var (
 	envdRetries = []time.Duration{25 * time.Millisecond, 75 * time.Millisecond, 150 * time.Millisecond, 250 * time.Millisecond}
 )
 
+// dialTimeout bounds one try; a healthy guest on this machine takes a
+// millisecond. Tests shorten it.
+var dialTimeout = 10 * time.Second
+
 const (
-	// dialTimeout bounds one try; a healthy guest on this machine takes a
-	// millisecond.
-	dialTimeout = 10 * time.Second
 	// envdIdle is how long a connection to envd is kept for the next request.
 	// Far below the 640 s after which envd closes it, so that no request
 	// meets a connection that is being closed.
@@ -239,10 +241,30 @@ func (u *upstreams) dial(ctx context.Context, _, addr string) (net.Conn, error) 
 		return nil, errCut
 	}
 	defer undo()
-	conn, err := dialAgain(ctx, netip.AddrPortFrom(c.addr, p))
+	var conn net.Conn
+	err = untilOpen(ctx, p, func() (err error) {
+		conn, err = dialGuest(ctx, c, p, nil)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
+	return u.track(c, conn)
+}
+
+// dialLater returns a connection to a port of an execution that is made with
+// the first bytes that are sent. So the kernel sends them as soon as the guest
+// takes the connection, without us, and whether it does shows only then.
+func (u *upstreams) dialLater(ctx context.Context, c *connections, port uint16) (net.Conn, error) {
+	conn, err := dialGuest(ctx, c, port, rawconn.Later)
+	if err != nil {
+		return nil, err
+	}
+	return u.track(c, conn)
+}
+
+// track has a connection closed when its sandbox ends.
+func (u *upstreams) track(c *connections, conn net.Conn) (net.Conn, error) {
 	forget := u.onEnd(c, func() { hangUp(conn) })
 	if forget == nil {
 		_ = conn.Close()
@@ -284,27 +306,34 @@ func (u *upstreams) dialTLS(proto string) func(ctx context.Context, network, add
 // farewell: a guest that cannot answer one any more would leave the kernel
 // repeating it for a minute, and a socket for as long.
 func hangUp(conn net.Conn) {
-	if c, ok := conn.(*net.TCPConn); ok {
+	if c, ok := conn.(interface{ SetLinger(sec int) error }); ok {
 		_ = c.SetLinger(0) // if that fails, Close is the ordinary one
 	}
 	_ = conn.Close()
 }
 
-func dialAgain(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-	retries := userRetries
-	if to.Port() == envdPort {
-		retries = envdRetries
-	}
+// dialGuest connects to a port of an execution, once.
+func dialGuest(ctx context.Context, c *connections, port uint16, control func(network, address string, s syscall.RawConn) error) (net.Conn, error) {
 	// A guest is on this machine and says goodbye, or is cut off: there is
 	// nothing to keep alive, and each setting of a socket is a system call.
-	d := net.Dialer{Timeout: dialTimeout, KeepAlive: -1}
+	d := net.Dialer{Timeout: dialTimeout, KeepAlive: -1, Control: control}
+	conn, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(c.addr, port).String())
+	if err != nil {
+		return nil, err
+	}
+	return rawconn.New(conn), nil
+}
+
+// untilOpen tries again while a port refuses connections.
+func untilOpen(ctx context.Context, port uint16, try func() error) error {
+	retries := userRetries
+	if port == envdPort {
+		retries = envdRetries
+	}
 	for {
-		conn, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, to)
-		if err == nil {
-			return conn, nil
-		}
+		err := try()
 		if !errors.Is(err, syscall.ECONNREFUSED) || len(retries) == 0 {
-			return nil, err
+			return err
 		}
 		again := time.NewTimer(retries[0])
 		retries = retries[1:]
@@ -312,7 +341,7 @@ func dialAgain(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 		case <-again.C:
 		case <-ctx.Done():
 			again.Stop()
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
 }
