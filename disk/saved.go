@@ -18,6 +18,9 @@ import (
 // savedDir holds saved disks, in the pool: <name>.img.
 const savedDir = "saved"
 
+// halfSuffix ends the name of a saved disk in the making.
+const halfSuffix = ".new"
+
 // Saved is a disk as it was at one instant.
 type Saved struct {
 	File      string // the image
@@ -34,56 +37,80 @@ func checkSavedName(name string) error {
 		Message: fmt.Sprintf("the name %q of a saved disk is malformed", name), Fix: "this is a defect of the caller; report it"}
 }
 
-// Save keeps what a disk holds under a name, beside the disk, which stays as
-// it is. Nothing may write to the disk meanwhile: the guest is frozen, or gone.
-// After a nil return the saved disk survives a power cut; after an error there
-// is none, or that of an earlier Save of the name. Where the pool clones files
-// the cost is that of what was not written back yet; see [Capabilities].
+// Clone takes what a disk holds, which stays as it is, under a name: the first
+// half of saving it, and [Disks.Keep] the second. Nothing may write to the disk
+// meanwhile: the guest is frozen, or gone; afterwards it may. Where the pool
+// clones files the cost is that of what was not written back yet; see
+// [Capabilities].
 //
 // An unknown disk is cay.CodeNotFound; a full pool cay.CodeDiskFull.
-func (d *Disks) Save(ctx context.Context, id, name string) (Saved, error) {
+func (d *Disks) Clone(ctx context.Context, id, name string) error {
 	if err := checkSavedName(name); err != nil {
-		return Saved{}, err
+		return err
 	}
 	if _, err := d.isOpen(); err != nil {
-		return Saved{}, err
+		return err
 	}
 	unlock := d.locks.lock(id)
 	defer unlock()
 	img, fsDir := d.imageFile(id), d.path(disksDir, id, fsName)
 	mounted, err := isMountPoint(fsDir)
 	if err != nil {
-		return Saved{}, diskError("look at disk "+id, err)
+		return diskError("look at disk "+id, err)
 	}
 	if !mounted {
-		return Saved{}, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
+		return &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
 			Message: "no disk " + id + " is mounted", Fix: "this is a defect of the caller; report it"}
 	}
-	file := d.savedFile(name)
-	tmp := file + ".new"
-	defer os.Remove(tmp) // gone after the rename
+	clone := d.savedFile(name) + halfSuffix
 	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
 		{"write back", func() error { return syncDisk(fsDir) }},
 		{"clone the image", func() error {
-			if err := removeIfThere(tmp); err != nil {
+			if err := removeIfThere(clone); err != nil {
 				return err
 			}
-			return cloneFile(tmp, img)
+			return cloneFile(clone, img)
 		}},
-		{"publish", func() error { return publish(tmp, file) }},
 	} {
-		if err := ctx.Err(); err != nil {
-			return Saved{}, err
+		err := ctx.Err()
+		if err == nil {
+			err = d.step("save: " + step.name)
 		}
-		if err := d.step("save: " + step.name); err != nil {
-			return Saved{}, diskError(step.name+" of disk "+id, err)
+		if err == nil {
+			err = step.do()
 		}
-		if err := step.do(); err != nil {
-			return Saved{}, diskError(step.name+" of disk "+id, err)
+		if err != nil {
+			return errors.Join(diskError(step.name+" of disk "+id, err), removeIfThere(clone))
 		}
+	}
+	return nil
+}
+
+// Keep makes what was cloned under a name a saved disk. If it is to be durable,
+// it survives a power cut after a nil return. After an error there is none, or
+// that of an earlier save under the name.
+func (d *Disks) Keep(ctx context.Context, name string, durable bool) (Saved, error) {
+	if err := checkSavedName(name); err != nil {
+		return Saved{}, err
+	}
+	file := d.savedFile(name)
+	clone := file + halfSuffix
+	err := ctx.Err()
+	if err == nil {
+		err = d.step("save: publish")
+	}
+	switch {
+	case err != nil:
+	case durable || d.Capabilities().Design == DesignCopy: // until it is written, a file's blocks may change, and its stamp
+		err = publish(clone, file)
+	default:
+		err = os.Rename(clone, file)
+	}
+	if err != nil {
+		return Saved{}, errors.Join(diskError("publish the saved disk "+name, err), removeIfThere(clone))
 	}
 	return d.FindSaved(name)
 }
@@ -98,7 +125,7 @@ func (d *Disks) Receive(ctx context.Context, name string, fill func(*os.File) er
 		return Saved{}, err
 	}
 	file := d.savedFile(name)
-	tmp := file + ".new"
+	tmp := file + halfSuffix
 	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return Saved{}, diskError("make the saved disk "+name, err)
@@ -183,21 +210,22 @@ func (d *Disks) ListSaved(ctx context.Context) ([]string, error) {
 	return names, ctx.Err()
 }
 
-// RemoveSaved removes a saved disk; an unknown one is no error. Disks that were
-// made from it keep what they hold.
+// RemoveSaved removes a saved disk, or one that was cloned and not kept; an
+// unknown one is no error. Disks that were made from it keep what they hold.
 func (d *Disks) RemoveSaved(_ context.Context, name string) error {
 	if err := checkSavedName(name); err != nil {
 		return err
 	}
-	if err := removeIfThere(d.savedFile(name)); err != nil {
+	file := d.savedFile(name)
+	if err := errors.Join(removeIfThere(file+halfSuffix), removeIfThere(file)); err != nil {
 		return diskError("remove the saved disk "+name, err)
 	}
 	return nil
 }
 
-// dropHalfSaved removes what a crash left of a Save.
+// dropHalfSaved removes what a crash left of a disk that was being saved.
 func (d *Disks) dropHalfSaved() error {
-	half, err := filepath.Glob(d.path(poolDir, savedDir, "*.img.new"))
+	half, err := filepath.Glob(d.path(poolDir, savedDir, "*.img"+halfSuffix))
 	if err != nil {
 		return err
 	}

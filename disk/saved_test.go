@@ -15,9 +15,18 @@ import (
 	"github.com/cayhq/cay"
 )
 
+// saveAs saves a disk, in both steps.
+func saveAs(t testing.TB, d *Disks, id, name string) (Saved, error) {
+	t.Helper()
+	if err := d.Clone(t.Context(), id, name); err != nil {
+		return Saved{}, err
+	}
+	return d.Keep(t.Context(), name, true)
+}
+
 func save(t testing.TB, d *Disks, id, name string) Saved {
 	t.Helper()
-	s, err := d.Save(t.Context(), id, name)
+	s, err := saveAs(t, d, id, name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,8 +119,8 @@ func TestSaveRefusals(t *testing.T) {
 		{"a", "../s", cay.CodeInvalidRequest},
 		{"a", "", cay.CodeInvalidRequest},
 	} {
-		if _, err := d.Save(t.Context(), tc.id, tc.name); cay.CodeOf(err) != tc.want {
-			t.Errorf("Save(%q, %q): %v; want %s", tc.id, tc.name, err, tc.want)
+		if _, err := saveAs(t, d, tc.id, tc.name); cay.CodeOf(err) != tc.want {
+			t.Errorf("saveAs(%q, %q): %v; want %s", tc.id, tc.name, err, tc.want)
 		}
 	}
 	wantSaved(t, d)
@@ -127,7 +136,7 @@ func TestSaveRefusals(t *testing.T) {
 	}
 }
 
-// A Save that stops at any step leaves the earlier saved disk, or none, and
+// A save that stops at any step leaves the earlier saved disk, or none, and
 // nothing else after the next Open.
 func TestSaveStopped(t *testing.T) {
 	dir := newDir(t)
@@ -145,10 +154,13 @@ func TestSaveStopped(t *testing.T) {
 			}
 			return nil
 		}
-		if _, err := d.Save(t.Context(), "a", "s"); !errors.Is(err, stopped) {
+		if _, err := saveAs(t, d, "a", "s"); !errors.Is(err, stopped) {
 			t.Fatalf("%s: %v", at, err)
 		}
 		d.fault = nil
+		if left, err := filepath.Glob(d.savedFile("*") + halfSuffix); err != nil || len(left) > 0 {
+			t.Errorf("%s: %v are left, %v", at, left, err)
+		}
 		r := create(t, d, Spec{ID: "b", Layers: []Layer{base}, SizeMB: 64, From: "s"})
 		wantFile(t, filepath.Join(r.Path, "f"), "first")
 		if err := d.Remove(t.Context(), "b"); err != nil {
@@ -165,7 +177,38 @@ func TestSaveStopped(t *testing.T) {
 	wantSaved(t, d, "s")
 }
 
-// What was written long ago costs a Save nothing where the pool clones files.
+// A clone is of the instant when it was made, whatever is written until it is
+// kept; one that is not kept is no saved disk, and goes like one.
+func TestCloneThenKeep(t *testing.T) {
+	for _, durable := range []bool{true, false} {
+		d := openDisks(t, &Disks{Dir: newDir(t)})
+		base := layer(t, map[string]string{"x": "x"})
+		a := create(t, d, Spec{ID: "a", Layers: []Layer{base}, SizeMB: 64})
+		write(t, filepath.Join(a.Path, "f"), "first")
+		if err := errors.Join(d.Clone(t.Context(), "a", "s"), d.Clone(t.Context(), "a", "dropped")); err != nil {
+			t.Fatal(err)
+		}
+		wantSaved(t, d)
+		write(t, filepath.Join(a.Path, "f"), "second")
+		if err := d.Flush("a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Keep(t.Context(), "s", durable); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.RemoveSaved(t.Context(), "dropped"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Keep(t.Context(), "dropped", durable); err == nil {
+			t.Error("a clone that was removed was kept")
+		}
+		wantSaved(t, d, "s")
+		b := create(t, d, Spec{ID: "b", Layers: []Layer{base}, SizeMB: 64, From: "s"})
+		wantFile(t, filepath.Join(b.Path, "f"), "first")
+	}
+}
+
+// What was written long ago costs a save nothing where the pool clones files.
 func BenchmarkSave(b *testing.B) {
 	d := openDisks(b, &Disks{Dir: newDir(b)})
 	base := layer(b, map[string]string{"x": "x"})

@@ -388,6 +388,11 @@ func (o *Orchestrator) receive(ctx context.Context, in *archiveReader, m *cay.Sn
 	if check != "" && m.Disk.Check != "" && check != m.Disk.Check {
 		return errArchive(diskName, "its content is not what was saved", nil)
 	}
+	if len(m.Memory) > 0 {
+		if err := o.snapshots.keepMemory(m.ID, unwatched); err != nil {
+			return err
+		}
+	}
 	return o.snapshots.commit(*m, secrets, unwatched)
 }
 

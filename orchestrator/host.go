@@ -51,12 +51,14 @@ type Disks interface {
 
 	// Flush begins to write back what a disk holds.
 	Flush(id string) error
-	// Save keeps what a disk holds under a name; nothing writes to it meanwhile.
-	Save(ctx context.Context, id, name string) (disk.Saved, error)
+	// Clone takes what a disk holds, for Keep; nothing writes to it meanwhile.
+	Clone(ctx context.Context, id, name string) error
+	// Keep makes the clone a saved disk, which survives a power cut if durable.
+	Keep(ctx context.Context, name string, durable bool) (disk.Saved, error)
 	// Receive makes a saved disk of what fill writes.
 	Receive(ctx context.Context, name string, fill func(*os.File) error) (disk.Saved, error)
 	FindSaved(name string) (disk.Saved, error)
-	// RemoveSaved removes a saved disk; an unknown one is no error.
+	// RemoveSaved removes a saved disk, or its clone; an unknown one is no error.
 	RemoveSaved(ctx context.Context, name string) error
 	ListSaved(ctx context.Context) ([]string, error)
 }

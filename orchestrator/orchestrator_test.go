@@ -47,7 +47,8 @@ type world struct {
 	bulk     []byte // more of a guest's memory, and of its disk, if set
 	cpu      int64  // grows by a second with every look
 
-	written        atomic.Int64 // bytes more that every disk holds
+	written        atomic.Int64      // bytes more that every disk holds
+	clones         map[string]string // of disks, by name, that were not kept yet
 	flushes, looks atomic.Int64
 	flushTime      atomic.Int64 // nanoseconds that the next one takes; then half
 
@@ -114,6 +115,9 @@ func (w *world) leftovers() []string {
 	}
 	for id := range w.disks {
 		out = append(out, "disk "+id)
+	}
+	for name := range w.clones {
+		out = append(out, "clone "+name)
 	}
 	for id := range w.routes {
 		out = append(out, "route "+string(id))
@@ -343,10 +347,32 @@ func (d disks) Usage(string) (used, total int64, err error) {
 	d.looks.Add(1)
 	return 3<<20 + d.written.Load(), 1 << 30, d.err("usage")
 }
-func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
-	if err := d.err("save"); err != nil {
+func (d disks) Save(ctx context.Context, id, name string) (disk.Saved, error) {
+	if err := d.Clone(ctx, id, name); err != nil {
 		return disk.Saved{}, err
 	}
+	return d.Keep(ctx, name, true)
+}
+func (d disks) Clone(_ context.Context, id, name string) error {
+	if err := d.err("save"); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.clones == nil {
+		d.clones = map[string]string{}
+	}
+	d.clones[name] = id
+	return nil
+}
+func (d disks) Keep(_ context.Context, name string, _ bool) (disk.Saved, error) {
+	if err := d.err("keep"); err != nil {
+		return disk.Saved{}, err
+	}
+	d.mu.Lock()
+	id := d.clones[name]
+	delete(d.clones, name)
+	d.mu.Unlock()
 	if err := errors.Join(os.MkdirAll(d.savedDir, 0o700), os.WriteFile(d.saved(name), []byte("disk of "+id), 0o600)); err != nil {
 		return disk.Saved{}, err
 	}
@@ -370,6 +396,9 @@ func (d disks) FindSaved(name string) (disk.Saved, error) {
 	return disk.Saved{File: d.saved(name), SizeBytes: fi.Size()}, nil
 }
 func (d disks) RemoveSaved(_ context.Context, name string) error {
+	d.mu.Lock()
+	delete(d.clones, name)
+	d.mu.Unlock()
 	if err := os.Remove(d.saved(name)); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cayhq/cay"
-	"github.com/cayhq/cay/disk"
 	"github.com/cayhq/cay/internal/killpoint"
 	"github.com/cayhq/cay/runtime"
 )
@@ -171,12 +170,7 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 			return m, 0, o.savingDied(g, err)
 		}
 	}
-	var saved disk.Saved
-	err = step("disk", cay.LayerStorage, func() (err error) {
-		saved, err = o.Disks.Save(ctx, string(exec), string(q.Snapshot))
-		return err
-	})
-	if err != nil {
+	if err := step("disk", cay.LayerStorage, func() error { return o.Disks.Clone(ctx, string(exec), string(q.Snapshot)) }); err != nil {
 		return m, 0, err
 	}
 	if !q.Pause {
@@ -191,7 +185,16 @@ func (o *Orchestrator) save(ctx context.Context, g *guest, q cay.SaveRequest, op
 	err = timed("digest", cay.LayerStorage, func() error {
 		var read errgroup.Group
 		m.Transient = q.Transient
-		read.Go(func() (err error) {
+		if q.Memory && !q.Transient {
+			read.Go(func() error { return o.snapshots.keepMemory(q.Snapshot, at) })
+		}
+		read.Go(func() error {
+			o.Fault.Pass(op, "disk-kept.before")
+			saved, err := o.Disks.Keep(ctx, string(q.Snapshot), !q.Transient)
+			o.Fault.Pass(op, "disk-kept.after")
+			if err != nil {
+				return err
+			}
 			if m.Disk, err = stamp(saved.File); err != nil {
 				return storageError("look at the saved disk of snapshot "+string(q.Snapshot), err)
 			}

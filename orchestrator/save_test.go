@@ -157,7 +157,7 @@ func TestSnapshotLeavesTheSandboxRunning(t *testing.T) {
 
 // A save that fails at any step leaves a running sandbox and no snapshot.
 func TestFailedSave(t *testing.T) {
-	for _, step := range []string{"freeze", "checkpoint", "save", "sync", "identity"} {
+	for _, step := range []string{"freeze", "checkpoint", "save", "keep", "sync", "identity"} {
 		for _, pause := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld()

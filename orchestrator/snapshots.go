@@ -83,15 +83,37 @@ func (s snapshots) begin(id cay.SnapshotID, at func(step string) error) (memory 
 	return memory, nil
 }
 
-// commit makes a snapshot visible: everything is on disk before the manifest
-// is, and the rename comes last. A transient one is not made durable. at is called
-// before each step; its error is the step's. After an error the snapshot may be visible all the same.
+// keepMemory makes the memory of a snapshot in the making durable. at is called
+// first; its error is that of the step.
+func (s snapshots) keepMemory(id cay.SnapshotID, at func(step string) error) error {
+	memory := filepath.Join(s.path(id)+newSuffix, memoryName)
+	err := at("memory.before-sync")
+	var ents []os.DirEntry
+	if err == nil {
+		ents, err = os.ReadDir(memory)
+	}
+	if err == nil {
+		paths := []string{memory}
+		for _, e := range ents {
+			paths = append(paths, filepath.Join(memory, e.Name()))
+		}
+		err = syncPaths(paths...)
+	}
+	if err != nil {
+		return storageError("write the memory of snapshot "+string(id), err)
+	}
+	return nil
+}
+
+// commit makes a snapshot visible whose memory and disk are durable: everything
+// is on disk before the manifest is, and the rename comes last. A transient one
+// is not made durable. at is called before each step; its error is the step's.
+// After an error the snapshot may be visible all the same.
 func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step string) error) error {
 	dir := s.path(m.ID) + newSuffix
-	memory := filepath.Join(dir, memoryName)
-	sync := syncPath
+	sync := syncPaths
 	if m.Transient {
-		sync = func(string) error { return nil }
+		sync = func(...string) error { return nil }
 	}
 	do := func(step, what string, f func() error) error {
 		err := at(step)
@@ -104,19 +126,11 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 		return nil
 	}
 	if len(m.Memory) == 0 {
-		if err := os.Remove(memory); err != nil {
+		if err := os.Remove(filepath.Join(dir, memoryName)); err != nil {
 			return storageError("remove the empty memory of snapshot "+string(m.ID), err)
 		}
-	} else if err := do("memory.before-sync", "write the memory", func() error {
-		for _, p := range m.Memory {
-			if err := sync(filepath.Join(memory, p.Name)); err != nil {
-				return err
-			}
-		}
-		return sync(memory)
-	}); err != nil {
-		return err
 	}
+	paths := []string{dir}
 	for _, f := range []struct {
 		name, short string
 		content     any
@@ -129,11 +143,9 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 		if err := do(f.short+".before-write", "write "+f.name, func() error { return os.WriteFile(path, seal(append(b, '\n')), 0o600) }); err != nil {
 			return err
 		}
-		if err := do(f.short+".before-sync", "write "+f.name, func() error { return sync(path) }); err != nil {
-			return err
-		}
+		paths = append(paths, path)
 	}
-	if err := do("directory.before-sync", "write the directory", func() error { return sync(dir) }); err != nil {
+	if err := do("directory.before-sync", "write the directory", func() error { return sync(paths...) }); err != nil {
 		return err
 	}
 	if err := do("manifest.before-rename", "publish the manifest", func() error { return os.Rename(dir, s.path(m.ID)) }); err != nil {
@@ -144,6 +156,16 @@ func (s snapshots) commit(m cay.Snapshot, sec snapshotSecrets, at func(step stri
 	}
 	_ = at("manifest.after")
 	return nil
+}
+
+// syncPaths syncs files and directories at the same time, for which the journal
+// of their file system is written once.
+func syncPaths(paths ...string) error {
+	var eg errgroup.Group
+	for _, p := range paths {
+		eg.Go(func() error { return syncPath(p) })
+	}
+	return eg.Wait()
 }
 
 func syncPath(path string) error {

@@ -76,7 +76,7 @@ func Points() []string {
 	begun := func() []string {
 		return append([]string{"directory.before-make", "directory.after"}, around("flush", "freeze", "checkpoint", "disk")...)
 	}
-	published := []string{"digest.before-read", "memory.before-sync", "secrets.before-write", "secrets.before-sync", "manifest.before-write", "manifest.before-sync",
+	published := []string{"disk-kept.before", "disk-kept.after", "digest.before-read", "memory.before-sync", "secrets.before-write", "manifest.before-write",
 		"directory.before-sync", "manifest.before-rename", "manifest.before-publish", "manifest.after"}
 	gone := []string{"record.before-remove", "record.gone"}
 

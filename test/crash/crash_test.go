@@ -218,7 +218,7 @@ func TestKillPoints(t *testing.T) {
 // ofTheHost are operations of the engine, the disks, the networks and the
 // database that can fail.
 var ofTheHost = []string{"engine.create", "engine.start", "engine.freeze", "engine.checkpoint", "engine.restore",
-	"disk.create", "disk.flush", "disk.save", "disk.remove", "disk.remove-saved", "network.acquire", "store.write"}
+	"disk.create", "disk.flush", "disk.save", "disk.keep", "disk.remove", "disk.remove-saved", "network.acquire", "store.write"}
 
 // Every file operation there is, of every operation, fails for want of room and
 // by a broken disk: what is refused is typed, what is not is done, the sandbox

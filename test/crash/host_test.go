@@ -36,7 +36,10 @@ type host struct {
 
 func newHost(dir string, f *faults) (*host, error) {
 	h := &host{dir: dir, faults: f, held: map[int]bool{}}
-	for _, d := range []string{"engine", "disks", "saved", "slots"} {
+	if err := os.RemoveAll(filepath.Join(dir, "clones")); err != nil { // halves, of which nobody knows
+		return nil, err
+	}
+	for _, d := range []string{"engine", "disks", "clones", "saved", "slots"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, err
 		}
@@ -202,14 +205,22 @@ func (d disks) List(context.Context) ([]string, error) { return list(filepath.Jo
 func (d disks) Usage(string) (used, total int64, err error) {
 	return 1, 2, nil
 }
-func (d disks) Flush(string) error { return d.faults.typed("disk.flush") }
-func (d disks) Save(_ context.Context, id, name string) (disk.Saved, error) {
+func (d disks) Flush(string) error       { return d.faults.typed("disk.flush") }
+func (d disks) clone(name string) string { return filepath.Join(d.dir, "clones", name) }
+func (d disks) Clone(_ context.Context, id, name string) error {
 	if err := d.faults.typed("disk.save"); err != nil {
-		return disk.Saved{}, err
+		return err
 	}
 	b, err := os.ReadFile(d.file(id))
 	if err == nil {
-		err = replace(d.saved(name), b)
+		err = replace(d.clone(name), b)
+	}
+	return err
+}
+func (d disks) Keep(_ context.Context, name string, _ bool) (disk.Saved, error) {
+	err := d.faults.typed("disk.keep")
+	if err == nil {
+		err = os.Rename(d.clone(name), d.saved(name))
 	}
 	if err != nil {
 		return disk.Saved{}, err
@@ -227,7 +238,7 @@ func (d disks) FindSaved(name string) (disk.Saved, error) {
 	return disk.Saved{File: d.saved(name), SizeBytes: fi.Size()}, nil
 }
 func (d disks) RemoveSaved(_ context.Context, name string) error {
-	return errors.Join(d.faults.typed("disk.remove-saved"), remove(d.saved(name)))
+	return errors.Join(d.faults.typed("disk.remove-saved"), remove(d.clone(name)), remove(d.saved(name)))
 }
 func (d disks) ListSaved(context.Context) ([]string, error) {
 	return list(filepath.Join(d.dir, "saved"))
