@@ -3,12 +3,15 @@ package main
 import (
 	"bytes"
 	"context"
+	crand "crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -20,6 +23,7 @@ import (
 const (
 	pauseBareRun   = "bare runsc run --detach, the command, beside pauses"
 	pauseBareReady = "bare runsc run --detach, to envd's answer, beside pauses"
+	pauseBareDisk  = "1 GiB written to the host's disk and synced, beside pauses"
 
 	pauseIdle      = "pause, idle guest"
 	pauseClean     = "pause to cgroup gone, idle guest"
@@ -52,7 +56,7 @@ const (
 
 var pauseSection = section{"pause", []string{pauseIdle, pauseClean, pauseSmall, pauseLarge, pauseFlushed, pauseWritten,
 	resumeIdle, resumeSmall, resumeLarge, resumeAllSmall, resumeAllLarge, resumeFlushed, resumeWritten, forkOne, forkMany,
-	heldIdle, heldSmall, stoppedIdle, stoppedSmall, heldNot, pauseBareRun, pauseBareReady}}
+	heldIdle, heldSmall, stoppedIdle, stoppedSmall, heldNot, pauseBareRun, pauseBareReady, pauseBareDisk}}
 
 // Sizes of what guests have written to before a pause.
 const (
@@ -100,6 +104,9 @@ func pauseTargets(o outcome) []Target {
 	more(resumeFlushed+" − idle", resumeFlushed, resumeIdle, 1, 150, "ms", true)
 	more(pauseWritten+" − idle", pauseWritten, pauseIdle, 1, 150, "ms", false)
 	more(resumeWritten+" − idle", resumeWritten, resumeIdle, 1, 150, "ms", false)
+	if disk, ok := o.series[pauseBareDisk]; ok && disk.P50 > 0 {
+		more("("+pauseWritten+" − idle) ÷ "+pauseBareDisk, pauseWritten, pauseIdle, disk.P50, 0.25, "×", false)
+	}
 	ratio(forkOne, resumeIdle, 1.2)
 	ratio(forkMany, forkOne, 12)
 	for _, name := range []string{pausedProcesses, pausedMemory} {
@@ -275,6 +282,7 @@ func (r *run) measurePause(ctx context.Context) error {
 				},
 				func() error { return t.writtenPause(ctx, b, "back", pauseFlushed, resumeFlushed) },
 				func() error { return t.writtenPause(ctx, b, "later", pauseWritten, resumeWritten) },
+				func() error { return r.writeBare(b) },
 				func() error { return t.manyForks(ctx, b) })
 		}
 		if err := r.shuffled(ctx, order, all); err != nil {
@@ -296,6 +304,30 @@ func (r *run) besidePauses(ctx context.Context, b book) error {
 			b.add(to, mine[from].unit, v)
 		}
 	}
+	return nil
+}
+
+// writeBare writes as much to the host's disk as noise does in a guest, and waits
+// for the disk.
+func (r *run) writeBare(b book) error {
+	f, err := os.Create(filepath.Join(r.work, "written"))
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	block := make([]byte, 1<<20)
+	crand.Read(block)
+	began := time.Now()
+	for range 1024 {
+		if _, err := f.Write(block); err != nil {
+			return err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	b.took(pauseBareDisk, time.Since(began))
 	return nil
 }
 

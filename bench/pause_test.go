@@ -15,7 +15,7 @@ func TestPauseTargets(t *testing.T) {
 	ms := func(p50 float64) Summary { return Summary{Unit: "ms", P50: p50} }
 	o := outcome{
 		series: map[string]Summary{
-			pauseBareReady: ms(200), pauseBareRun: ms(1),
+			pauseBareReady: ms(200), pauseBareRun: ms(1), pauseBareDisk: ms(1505),
 			pauseIdle: ms(140), pauseSmall: ms(500), pauseFlushed: ms(290), pauseWritten: ms(290.5),
 			resumeIdle: ms(100.25), resumeSmall: ms(150), resumeLarge: ms(380.4), resumeFlushed: ms(90), resumeWritten: ms(300),
 			forkOne: ms(120.3), forkMany: ms(1444.8),
@@ -33,6 +33,7 @@ func TestPauseTargets(t *testing.T) {
 		{Name: resumeFlushed + " − idle", Value: -10.25, Limit: 150, Unit: "ms", Met: true, Required: true},
 		{Name: pauseWritten + " − idle", Value: 150.5, Limit: 150, Unit: "ms"},
 		{Name: resumeWritten + " − idle", Value: 199.75, Limit: 150, Unit: "ms"},
+		{Name: "(" + pauseWritten + " − idle) ÷ " + pauseBareDisk, Value: 0.1, Limit: 0.25, Unit: "×", Met: true},
 		{Name: forkOne + " ÷ " + resumeIdle, Value: 1.2, Limit: 1.2, Unit: "×", Met: true, Required: true},
 		{Name: forkMany + " ÷ " + forkOne, Value: 12.01, Limit: 12, Unit: "×", Required: true},
 		{Name: pausedProcesses, Value: 0, Limit: 0, Met: true, Required: true},
