@@ -550,7 +550,7 @@ type ClientInterface interface {
 
 	// SandboxEgress What was refused to a sandbox on its way out, oldest first.
 	//
-	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox begins anew; the server may restart.
 	//
 	// Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
 	SandboxEgress(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*http.Response, error)
@@ -708,7 +708,7 @@ func (c *Client) SandboxConsole(ctx context.Context, sandboxID SandboxID, reqEdi
 
 // SandboxEgress What was refused to a sandbox on its way out, oldest first.
 //
-// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox begins anew; the server may restart.
 //
 // Corresponds with GET /operator/v1/sandboxes/{sandboxID}/egress (the `SandboxEgress` operationId).
 func (c *Client) SandboxEgress(ctx context.Context, sandboxID SandboxID, params *SandboxEgressParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
@@ -1506,7 +1506,7 @@ type ClientWithResponsesInterface interface {
 
 	// SandboxEgressWithResponse What was refused to a sandbox on its way out, oldest first.
 	//
-	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+	// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox begins anew; the server may restart.
 	//
 	// Returns a wrapper object for the known response body format(s).
 	//
@@ -2008,7 +2008,7 @@ func (c *ClientWithResponses) SandboxConsoleWithResponse(ctx context.Context, sa
 
 // SandboxEgressWithResponse What was refused to a sandbox on its way out, oldest first.
 //
-// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox or of the server begins anew.
+// A destination is one entry, however often it was refused for the same reason; the last 1,000 are kept. Also of a sandbox that ended less than an hour ago. A new run of the sandbox begins anew; the server may restart.
 //
 // Returns a wrapper object for the known response body format(s).
 //
@@ -4330,19 +4330,19 @@ var swaggerSpec = []string{
 	"wze1lHO1Yw09lvlyWr5UVVLH2Xvleki6Yhr2fe+UX8I7jHFZy3eWcq70oMVnKxTb1qKs2Vabyl4GXL+D",
 	"1lFRwMIGFKv4LoPZoXPtqzDg/OmM/0Gb3VfUiKvkNZnnQ9KtkzaI3ymMFWLjzmfqxiK8jZ10A66k1aOM",
 	"gDcZXiokWHKL0fYzDAcZX+tDNscEo9/qn8jmk9AwfWH8DbHwtm9gkSLkhDJvmAumZfUUoLiAdd+vmOf7",
-	"6PWx8D4EPR6lCBNh2r8k7vst+nfJq9CLQ/Gkf2J5OTTnPC/Oz8/pcS8CxJx9hnixK4rZDvviqdMpTfyy",
-	"JawFoSxsJ6XSv8L+EqHMuxbbvQfbBeNrjp6G1n02z7/Z989iQzgvLPPlmClXh74cOR0HpYNjiZRvo0Hj",
-	"l+3fUIf+duyVPNO+sWHLd8w32D2RKjnDS5h0fG9x9F/AxJ3mCcbK7jdGPicadDMctHb/UbV/yERZYl+L",
-	"ICShSim9Fox/2UMopk0VkryfyctuePWdzx299S3JlJ4D0wjFZXyrLwwKVts5ttZMK2+5Lb2A3XJX1jGL",
-	"hADYaimhmrMbZ6jmBWjlEQX+3im+4YLa0/7u1/CtFmQFFJTOQ8mcXaOwI0W6FiW95hIp1wjVOd+Y6gxX",
-	"doXbxmbJOXujSkBo7Ai719on5PsmFEHPiaQEM2dXoejQ5wrjQyv/xNv7sFodYmt4O/8v7tilr/wnQnL/",
-	"zAttH1d2C8b2f+wkPNg3MLzU/3JFeOfbIQY6kyb0NYwexpa70Z8KOFHag5Y8EKDHWd8EbGJW7dthzUuK",
-	"Lyc6yU5NdvRUGmXSFhswYrVLkWNM4N9p/CtlqF5kH4QKDNboT988hXDyKk1OEi7ppkUsQ4VA6PIBihIr",
-	"2LOoR4gZG0WyUhn6SL5meOd3+Mr2zWtrkYZwHtrrvvPBJs0pafdDT0J/zEMCxo6KSa2+DU0MX1+jqbnh",
-	"m2vzUA8bOiemvTucPUXGxUefSvy0GPosWrTcE10H4VXxWmxAoZ+ys3NG7RP+MVTS728ozbjSpgQWSi/e",
-	"ohS+J3s1/N2Dvj3JdOqScZ8CR0uQ1G39H2ayfYq0BYWRl9ENLqzQJLNovcJk2qHv/B56NkcfHcZI4JLO",
-	"iwPEyvzttM8oTp1cJ3qcXh9U3U+qGZ0/6f5fU/b9rTxLD7pf9oU9qXgT59Ja9x/vkQWhykmjvpi7IDsT",
-	"VvqYZr0RLouPe3+yL/2Jtv30/tP/BwAA//8=",
+	"6PWx8D4EPR6lCBNh2r8k7vst+nfJq9CLQ/Gkf2J5OTTnPC/Oz8/pcS8CxJx9hnixK4rZDvvi2RLWgkAV",
+	"tpdpkrrhu/49xKRw+sfYXyKbeQ9ju/duu2B8zdHh0LpP6vmn+/51bIjqhWW+KjPl8dCXI9/joIJwLJ/y",
+	"bRRp/MD9G6rS3449lmfa9zds+Y75Prsn0ihneAmT/u8tjv4LWLrTHMJY4P3GAOhEg96Gg9buv63275ko",
+	"WexLEgQoVDClR4PxD3wIxbSpQq73M3nZDY+/8ymkt74zmbJ0YBqhuIxP9oVBwWo7x9aaaeUNuKWHsFvu",
+	"yjomkxAHWy0lVHN24wyVvgCNPaLA3zvFN1xQl9rf/Rq+44KMgYLSeSiZs2sUdqRI16Kk11wi5RqhOuf7",
+	"U53hyq5w29gzOWdvVAkImR1B+Fr7vHzfiyLoVZGUYObsKtQe+pRhfG/lX3p7V1arQ2wNT+j/xf279LH/",
+	"RGTuX3uhCeTKbsHY/m+ehHf7BoYH+1+uCO98V8RAZ9KEvpQRrd1u9BcDTpT2oCUPxOlx1jcBm5hc+3ZY",
+	"85LCzImGslNzHj2VRgm1xQaMWO1S5BgT+Hca/0qJqhfZd6ECYzb6CzhPIZy8SnOUhEu6aRHLUCEQunyc",
+	"osQK9izqEWLGfpGsVIZ2kq8Z5fkdvrJ989papJGch/a6b4CwSY9K2gTRk9Af85CAsbFiUqtvQy/D19do",
+	"6nH45to8lMWGBopp7w5nT5Fx8dFnFD8thnaLFi33RPNBeFy8FhtQ6Kfs7JxRF4V/E5W0/RvKNq60KYGF",
+	"Coy3KIVvzV4Nf/6g71Iynbpk3GfC0RIk5Vv/95lsnyltQWEAZnSDCys0ySxarzCZdugbwIfWzdFHhzES",
+	"uKQB4wCxMn9C7TNqVCeXix6n1wfF95NKR+dPuv/XlH1/K8/SgyaYfWFPCt/EubTk/cd7ZEEodtKor+ku",
+	"yM6ElT6myW+Ey+Lj3l/uS3+ibT+9//T/AQAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
