@@ -131,7 +131,7 @@ func (s *onEngine) inventory(t *testing.T) inventory {
 		for _, n := range all {
 			n, _, _ = strings.Cut(n, ".json")
 			n, _, _ = strings.Cut(n, ".img")
-			if !strings.HasPrefix(n, "ready-") {
+			if !strings.HasPrefix(n, "ready-") && !strings.HasPrefix(n, "spare-") { // made ahead
 				out = append(out, n)
 			}
 		}
