@@ -20,7 +20,11 @@ const archivePaths = "/operator/v1/archives"
 // archivePage is how many builds are looked at in one step.
 const archivePage = 100
 
-func unbounded(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, archivePaths) }
+// unbounded reports whether a request may take as long as it wants: also a
+// replacement of envd, which the node bounds.
+func unbounded(r *http.Request) bool {
+	return strings.HasPrefix(r.URL.Path, archivePaths) || strings.HasPrefix(r.URL.Path, "/operator/v1/sandboxes/") && strings.HasSuffix(r.URL.Path, "/upgrade")
+}
 
 // unbind lifts the connection's deadlines.
 func unbind(w http.ResponseWriter) error {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -84,18 +83,37 @@ func (s *Server) install(r *http.Request) (changed bool, err error) {
 	return true, put(f.Name(), path)
 }
 
-// put has a program take the place of another, which keeps a second name. At
-// every instant there is one in the place: a disk that is saved now boots.
+// put has a program take the place of another, of which a copy is kept. At every
+// instant there is one in the place: a disk that is saved now boots. It is no
+// second name of the same file: gVisor loses a file of two names when another
+// takes the place of one of them.
 func put(program, path string) error {
 	previous := path + previousSuffix
-	if err := os.Remove(previous); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("removing the envd before this one: %w", err)
-	}
-	if err := os.Link(path, previous); err != nil {
-		return fmt.Errorf("giving this envd a second name: %w", err)
+	if err := copyProgram(path, previous); err != nil {
+		return errors.Join(fmt.Errorf("keeping this envd: %w", err), os.Remove(previous))
 	}
 	if err := os.Rename(program, path); err != nil {
 		return errors.Join(fmt.Errorf("putting the other envd in place: %w", err), os.Remove(previous))
 	}
 	return nil
+}
+
+// copyProgram makes a copy of the same time, by which the sum beside the program
+// goes for it (laidSum).
+func copyProgram(from, to string) (err error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	st, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{in}, make([]byte, copyBuffer))
+	return errors.Join(err, out.Chmod(0o755), out.Sync(), out.Close(), os.Chtimes(to, st.ModTime(), st.ModTime()))
 }

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -202,5 +203,9 @@ func accepted(resp *http.Response) error {
 		return nil
 	}
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // the status says enough when the text is cut
+	var told struct{ Message string }
+	if json.Unmarshal(b, &told) == nil && told.Message != "" {
+		return fmt.Errorf("envd answered %s: %s", resp.Status, strings.TrimSpace(told.Message))
+	}
 	return fmt.Errorf("envd answered %s: %s", resp.Status, bytes.TrimSpace(b))
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cayhq/cay"
@@ -150,7 +151,7 @@ func (o *Orchestrator) awaitEnvd(ctx context.Context, g *guest, addr GuestAddr, 
 		case id.EnvdDigest == o.Envd.Digest:
 			return id, nil
 		case !id.Replacing && id.PID != before.PID:
-			return id, o.upgradeFailed(ctx, g, cay.CodeEnvdUpgrade, "the other envd ended at once, and the one before it is back", nil)
+			return id, o.upgradeFailed(ctx, g, cay.CodeEnvdUpgrade, "the other envd ended at once, and the one before it is back"+o.lastWords(ctx, g), nil)
 		}
 		select {
 		case <-g.exited:
@@ -182,6 +183,16 @@ func (o *Orchestrator) upgradeFailed(ctx context.Context, g *guest, code cay.Cod
 		Message: "envd was not replaced: " + why,
 		Fix:     "the sandbox runs on; `cay sandbox inspect` shows which envd it has, and the last lines of its console",
 		Detail:  o.consoleDetail(context.WithoutCancel(ctx), g), Err: err}
+}
+
+// lastWords is what PID 1 said when it put the envd before back.
+func (o *Orchestrator) lastWords(ctx context.Context, g *guest) string {
+	for line := range strings.Lines(o.consoleDetail(ctx, g)["console"]) {
+		if strings.Contains(line, "the program before it is back") {
+			return ": " + strings.TrimSpace(line)
+		}
+	}
+	return ""
 }
 
 // recordEnvd notes which envd a guest has, and which other one it may have. What
