@@ -6,12 +6,23 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
 
 // nsTypes are the names in /proc/PID/ns.
 var nsTypes = []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"}
+
+// inOrder sorts the flags of an engine process, which come in any order.
+func inOrder(command string) string {
+	if !strings.HasPrefix(command, "runsc-") {
+		return command
+	}
+	args := strings.Fields(command)
+	slices.Sort(args[1:])
+	return strings.Join(args, " ")
+}
 
 // processes reads every process but those that are not the server's by
 // necessity: init, the caller, and those that the caller has started with its
@@ -46,7 +57,7 @@ func processes(s Snapshot, scope Scope) error {
 			s.add(scope, Zombie, p.comm, "process "+d.Name()+" of parent "+p.parent)
 			continue
 		}
-		s.add(scope, Process, p.command, "process "+d.Name())
+		s.add(scope, Process, inOrder(p.command), "process "+d.Name())
 		if verb := p.verb(); verb == "up" || verb == "supervise" {
 			descriptors(s, scope, d.Name(), verb)
 		}
