@@ -54,8 +54,9 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request, t target, c *co
 		s.log.Debug("an answer broke off", "sandbox", t.sandbox, "port", t.port, "error", err)
 		panic(http.ErrAbortHandler) // the client must not take it for complete
 	}
-	if a.keep == nil && a.ContentLength >= 0 {
+	if a.wire != nil && a.keep == nil && a.ContentLength >= 0 && r.ProtoMajor == 1 {
 		// Before the connection is closed, for that has the guest work as well.
+		// HTTP/2 would have to say the end once more.
 		a.told = http.NewResponseController(w).Flush() == nil
 	}
 	whole = true

@@ -24,6 +24,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
@@ -469,6 +471,45 @@ func TestTwoWays(t *testing.T) {
 				t.Fatalf("trailer %q", got)
 			}
 		})
+	}
+}
+
+// An answer that ends with its header ends there for an HTTP/2 client, too: gRPC
+// takes what it finds there for the status only then.
+func TestHeaderEndsAnswer(t *testing.T) {
+	w := newWorld(t, nil)
+	r := w.sandbox(nil)
+	w.guest(r, 9000, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		rw.Header().Set("Grpc-Status", "12")
+		rw.Header().Set("Content-Type", "application/grpc")
+	}))
+	c, err := net.Dial("tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, f := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/svc/Method"}, {":authority", "9000-" + string(r.Sandbox) + ".localhost"}, {"content-type", "application/grpc"}} {
+		_ = enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // a bytes.Buffer takes everything
+	}
+	fr := http2.NewFramer(c, c)
+	_, err = io.WriteString(c, http2.ClientPreface)
+	if err := errors.Join(err, fr.WriteSettings(), fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true})); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		f, err := fr.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h, ok := f.(*http2.HeadersFrame); ok {
+			if !h.StreamEnded() {
+				t.Error("the header does not end the answer")
+			}
+			return
+		}
 	}
 }
 
