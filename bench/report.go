@@ -57,6 +57,7 @@ var sections = []section{
 	{"Work and end", []string{runTrue, sdkRun, call, kill, sdkKill, killClean}},
 	envdSection,
 	proxySection,
+	egressSection,
 	pauseSection,
 	{"Server", []string{upEmpty}},
 	{"Yardsticks of the same run", []string{bareRun, bareReady, bareExec, bareDelete, nativeReady}},

@@ -36,17 +36,18 @@ var (
 )
 
 // Parts that can be measured alone: the daemon in a sandbox, starts without a
-// pool beside their yardsticks, idle sandboxes, the proxy, and pauses, resumes
-// and forks.
+// pool beside their yardsticks, idle sandboxes, the proxy, connections outwards, and
+// pauses, resumes and forks.
 const (
 	partEnvd  = "envd"
 	partStart = "start"
 	partIdle  = "idle"
 	partProxy = "proxy"
+	partOut   = "egress"
 	partPause = "pause"
 )
 
-var alone = []string{partEnvd, partStart, partIdle, partProxy, partPause}
+var alone = []string{partEnvd, partStart, partIdle, partProxy, partOut, partPause}
 
 // run is one run of the benchmark.
 type run struct {
@@ -139,6 +140,9 @@ func (r *run) measure(ctx context.Context) (err error) {
 	if err := r.measureProxy(ctx); err != nil {
 		return err
 	}
+	if err := r.measureEgress(ctx); err != nil {
+		return err
+	}
 	if err := r.measurePause(ctx); err != nil {
 		return err
 	}
@@ -175,6 +179,8 @@ func (r *run) measurePart(ctx context.Context, module string) (err error) {
 		return r.idleCost(ctx)
 	case partProxy:
 		return r.measureProxy(ctx)
+	case partOut:
+		return r.measureEgress(ctx)
 	}
 	defer func() { err = errors.Join(err, r.yard.close(context.WithoutCancel(ctx))) }()
 	if err := r.yard.open(ctx, r.cold.dir); err != nil {

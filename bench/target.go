@@ -129,5 +129,5 @@ func judge(o outcome) []Target {
 		f, ok := o.figures[name]
 		add(Target{Name: name + ", per core", Value: f.Value / float64(max(o.cores, 1)), Limit: 5, AtLeast: true, Unit: "/s"}, ok)
 	}
-	return slices.Concat(out, envdTargets(o), proxyTargets(o), pauseTargets(o))
+	return slices.Concat(out, envdTargets(o), proxyTargets(o), egressTargets(o), pauseTargets(o))
 }
