@@ -254,6 +254,8 @@ func slot(i int) network.Slot {
 	return network.Slot{Index: i, Addr: a, NetNS: a.String()}
 }
 
+func (slots) LimitTeam(context.Context, cay.TeamID, cay.NetworkLimits, ...int) error { return nil }
+
 func (s slots) Acquire(context.Context, cay.Egress) (network.Slot, error) {
 	if err := s.faults.typed("network.acquire"); err != nil {
 		return network.Slot{}, err
