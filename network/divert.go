@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -114,13 +115,7 @@ func (p *Pool) Dial(ctx context.Context, index int, to netip.AddrPort) (net.Conn
 	if !a.IsValid() || within(p.special, a) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: os.NewSyscallError("connect", unix.ECONNREFUSED)}
 	}
-	// Only the socket is made on a thread in the router: a thread for as long
-	// as somebody takes to answer is more than a guest may cost.
-	var fd int
-	err := p.inRouter(index, func() (err error) {
-		fd, err = unix.Socket(family(a), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-		return os.NewSyscallError("socket", err)
-	})
+	fd, err := p.socket(index, family(a))
 	if err != nil {
 		return nil, err
 	}
@@ -138,6 +133,89 @@ func (p *Pool) Dial(ctx context.Context, index int, to netip.AddrPort) (net.Conn
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(to), Err: err}
 	}
 	return net.FileConn(f)
+}
+
+// socketsAtOnce is how many sockets are made when one is needed: to make them
+// takes a thread that goes to the router, which is more than a connection costs.
+const socketsAtOnce = 8
+
+// socket returns a TCP socket in a slot's router. Only that is done on a thread
+// there: one for as long as somebody takes to answer is more than a guest may
+// cost.
+func (p *Pool) socket(index, family int) (int, error) {
+	t, err := p.tenant(index)
+	if err != nil {
+		return 0, err
+	}
+	if fd, ok := t.spare.take(family); ok {
+		return fd, nil
+	}
+	var made []int
+	err = p.inRouter(index, func() error {
+		for range socketsAtOnce {
+			fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return os.NewSyscallError("socket", err)
+			}
+			made = append(made, fd)
+		}
+		return nil
+	})
+	if len(made) == 0 {
+		return 0, err
+	}
+	t.spare.keep(family, made[1:])
+	return made[0], nil
+}
+
+// spareSockets are sockets that nobody has used yet, by family. They are safe
+// for concurrent use.
+type spareSockets struct {
+	mu    sync.Mutex
+	ended bool
+	all   map[int][]int
+}
+
+func (s *spareSockets) take(family int) (int, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.all[family])
+	if n == 0 {
+		return 0, false
+	}
+	fd := s.all[family][n-1]
+	s.all[family] = s.all[family][:n-1]
+	return fd, true
+}
+
+// keep takes possession of sockets; when enough are there, or none is wanted any
+// more, it closes them.
+func (s *spareSockets) keep(family int, fds []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, fd := range fds {
+		if s.ended || len(s.all[family]) >= socketsAtOnce {
+			_ = unix.Close(fd) // it was never used
+			continue
+		}
+		if s.all == nil {
+			s.all = map[int][]int{}
+		}
+		s.all[family] = append(s.all[family], fd)
+	}
+}
+
+// end closes what is left: a socket holds its namespace.
+func (s *spareSockets) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ended = true
+	for _, fds := range s.all {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	}
+	s.all = nil
 }
 
 // connected waits until a socket is connected that is about to be.

@@ -259,6 +259,7 @@ type tenant struct {
 	policy policy     // guarded by Pool.mu
 	log    refusalLog
 	ears   *listener // to the kernel's log; may be nil
+	spare  spareSockets
 }
 
 // tenant returns what the pool holds of a slot.
@@ -297,7 +298,11 @@ func (p *Pool) vacate(index int) {
 	t := p.tenants[index]
 	delete(p.tenants, index)
 	p.mu.Unlock()
-	if t != nil && t.ears != nil {
+	if t == nil {
+		return
+	}
+	t.spare.end()
+	if t.ears != nil {
 		t.ears.close()
 	}
 }
