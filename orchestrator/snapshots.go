@@ -205,33 +205,65 @@ func (s snapshots) load(id cay.SnapshotID) (cay.Snapshot, snapshotSecrets, error
 	if err := validSnapshotID(id); err != nil {
 		return m, sec, err
 	}
-	for name, v := range map[string]any{manifestName: &m, secretsName: &sec} {
-		b, err := os.ReadFile(s.path(id, name))
+	for _, f := range []struct {
+		name string
+		into any
+	}{{manifestName, &m}, {secretsName, &sec}} {
+		b, err := os.ReadFile(s.path(id, f.name))
 		if errors.Is(err, fs.ErrNotExist) {
 			if _, serr := os.Stat(s.path(id)); errors.Is(serr, fs.ErrNotExist) {
 				return m, sec, &cay.Error{Code: cay.CodeNotFound, Layer: cay.LayerStorage,
 					Message: fmt.Sprintf("no snapshot %s on this node", id), Fix: "`cay snapshot list` shows those there are"}
 			}
 		}
+		if err == nil && f.name == manifestName {
+			if n := formatOf(b); n != 0 && n != cay.SnapshotFormat {
+				return m, sec, errFormat(id, n)
+			}
+		}
 		if err == nil {
 			b, err = unseal(b)
 		}
 		if err == nil {
-			err = json.Unmarshal(b, v)
+			err = json.Unmarshal(b, f.into)
 		}
 		if err != nil {
-			return m, sec, errCorrupt(id, name, err.Error(), err)
+			return m, sec, errCorrupt(id, f.name, err.Error(), err)
 		}
 	}
 	switch {
 	case m.Format != cay.SnapshotFormat:
-		return m, sec, &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
-			Message: fmt.Sprintf("snapshot %s has format %d; this build reads format %d", id, m.Format, cay.SnapshotFormat),
-			Fix:     "use the version of Cay that wrote it"}
+		return m, sec, errFormat(id, m.Format)
 	case m.ID != id || sec.ControlToken == "" || m.Disk.Name == "":
 		return m, sec, errCorrupt(id, manifestName, "it is not complete", nil)
 	}
 	return m, sec, nil
+}
+
+// unsealedFormat is the last format of which files have no digest of themselves.
+const unsealedFormat = 1
+
+// formatOf is the format that a manifest says it has, as far as it can be
+// believed: it is whole, or of a format in which nothing can tell. Else it is 0.
+func formatOf(manifest []byte) int {
+	var m struct {
+		Format int `json:"format"`
+	}
+	b, err := unseal(manifest)
+	whole := err == nil
+	if !whole {
+		b = manifest
+	}
+	if err := json.Unmarshal(b, &m); err != nil || !whole && m.Format > unsealedFormat {
+		return 0
+	}
+	return m.Format
+}
+
+func errFormat(id cay.SnapshotID, n int) error {
+	return &cay.Error{Code: cay.CodeSnapshotIncompatible, Layer: cay.LayerStorage,
+		Message: fmt.Sprintf("snapshot %s has format %d; this build reads format %d", id, n, cay.SnapshotFormat),
+		Fix:     "use the version of Cay that wrote it, or delete it"}
 }
 
 func errCorrupt(id cay.SnapshotID, part, why string, err error) error {
