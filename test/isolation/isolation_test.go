@@ -26,7 +26,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	for env, main := range map[string]func(string) error{guestEnv: guestMain, pairsEnv: pairsMain} {
+	for env, main := range map[string]func(string) error{guestEnv: guestMain, pairsEnv: pairsMain, slowEnv: slowMain} {
 		file := os.Getenv(env)
 		if file == "" {
 			continue
