@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"mime"
-	"mime/multipart"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -155,16 +154,24 @@ func (s *Server) receive(w http.ResponseWriter, r *http.Request) ([]uploaded, er
 		if in.path == "" {
 			return nil, invalid("the path query parameter is required for application/octet-stream")
 		}
+		size := int64(-1)
 		if plain {
-			err = in.take("", idle, r.ContentLength)
-		} else {
-			err = in.take("", body, -1)
+			body, size = idle, r.ContentLength
 		}
+		err = in.take("", &filler{r: body}, size)
 	case "multipart/form-data":
 		if params["boundary"] == "" {
 			return nil, invalid("the content type names no multipart boundary")
 		}
-		err = in.parts(multipart.NewReader(body, params["boundary"]))
+		if len(params["boundary"]) > maxBoundary {
+			return nil, invalid("the multipart boundary is longer than %d bytes", maxBoundary)
+		}
+		if plain {
+			body = idle
+		}
+		form := newFormReader(body, params["boundary"])
+		err = in.parts(form)
+		form.close()
 		if err == nil {
 			// The end of a compressed body carries its checksum.
 			if _, err = io.Copy(io.Discard, body); err != nil {
@@ -258,30 +265,30 @@ func (in *intake) confine() (string, error) {
 }
 
 // parts takes in every part of a form that is named file.
-func (in *intake) parts(m *multipart.Reader) error {
+func (in *intake) parts(form *formReader) error {
 	for {
-		part, err := m.NextPart()
+		header, err := form.next()
 		if err == io.EOF {
 			return nil
 		}
 		if err != nil {
 			return broken(err)
 		}
-		name, file := partName(part.Header.Get("Content-Disposition"))
+		name, file := partName(header.Get("Content-Disposition"))
 		if name != "file" {
 			continue
 		}
 		if in.path == "" && file == "" {
 			return invalid("a part of the form has no filename, and the request no path")
 		}
-		if err := in.take(file, part, -1); err != nil {
+		if err := in.take(file, form.body(header), -1); err != nil {
 			return err
 		}
 	}
 }
 
 // partName reads the name and the full file name, directories and all, of a
-// part of a form. [multipart.Part.FileName] would drop the directories.
+// part of a form. The one of mime/multipart would drop the directories.
 func partName(disposition string) (name, file string) {
 	kind, params, err := mime.ParseMediaType(disposition)
 	if err != nil || kind != "form-data" {
@@ -291,7 +298,7 @@ func partName(disposition string) (name, file string) {
 }
 
 // take stages one file and holds it; the one before is committed.
-func (in *intake) take(name string, body io.Reader, size int64) error {
+func (in *intake) take(name string, body pieces, size int64) error {
 	if in.path != "" {
 		name = in.path
 	}
@@ -321,30 +328,64 @@ func (in *intake) take(name string, body io.Reader, size int64) error {
 	return fill(in.held, body)
 }
 
-// fill copies a body into a staged file, a full buffer at a time.
-func fill(t *staged, body io.Reader) error {
-	buf, giveBack := lendBuffer(false)
-	defer func() { giveBack() }()
-	var rerr error
-	for first := true; rerr == nil; first = false {
-		n := 0
-		for n < len(buf) && rerr == nil {
-			var m int
-			m, rerr = body.Read(buf[n:])
-			n += m
+// pieces is a body in pieces, each of which is valid until the next is asked
+// for; io.EOF comes with the last one or after it.
+type pieces interface {
+	piece() ([]byte, error)
+}
+
+// fill writes a body to a staged file.
+func fill(t *staged, body pieces) error {
+	if f, ok := body.(*filler); ok {
+		defer f.close()
+	}
+	for {
+		b, rerr := body.piece()
+		if len(b) > 0 {
+			if _, err := t.file.Write(b); err != nil {
+				return fmt.Errorf("writing '%s': %w", t.path, err)
+			}
 		}
-		if _, err := t.file.Write(buf[:n]); err != nil {
-			return fmt.Errorf("writing '%s': %w", t.path, err)
+		if rerr == io.EOF {
+			return nil
 		}
-		if first && rerr == nil {
-			giveBack()
-			buf, giveBack = lendBuffer(true)
+		if rerr != nil {
+			return broken(rerr)
 		}
 	}
-	if rerr != io.EOF {
-		return broken(rerr)
+}
+
+// filler makes pieces of what a reader brings, each a full buffer. The buffer is
+// a large one if the body turns out to be long.
+type filler struct {
+	r        io.Reader
+	buf      []byte
+	giveBack func()
+}
+
+func (f *filler) piece() (b []byte, err error) {
+	switch {
+	case f.buf == nil:
+		f.buf, f.giveBack = lendBuffer(false)
+	case len(f.buf) == copyBuffer:
+		f.close()
+		f.buf, f.giveBack = lendBuffer(true)
 	}
-	return nil
+	n := 0
+	for n < len(f.buf) && err == nil {
+		var m int
+		m, err = f.r.Read(f.buf[n:])
+		n += m
+	}
+	return f.buf[:n], err
+}
+
+// close gives the buffer back.
+func (f *filler) close() {
+	if f.buf != nil {
+		f.giveBack()
+		f.buf = nil
+	}
 }
 
 func (in *intake) commit() error {
