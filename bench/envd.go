@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"time"
 )
 
@@ -21,11 +24,13 @@ const (
 	echoTCP  = "plain TCP echo in that guest"
 	envdUp   = "upload of a file"
 	sinkTCP  = "plain TCP stream into that guest"
+	keepTCP  = "the same, written to a file there"
 	envdDown = "download of a file"
 	pourTCP  = "plain TCP stream out of that guest"
+	giveTCP  = "the same, read from a file there"
 )
 
-var envdSection = section{"envd", []string{envdRPC, echoTCP, envdUp, sinkTCP, envdDown, pourTCP}}
+var envdSection = section{"envd", []string{envdRPC, echoTCP, envdUp, sinkTCP, keepTCP, envdDown, pourTCP, giveTCP}}
 
 // envdTargets are what the daemon is held to, in terms of what the guest's
 // network can do.
@@ -50,9 +55,11 @@ func envdTargets(o outcome) []Target {
 	return out
 }
 
-// plainServer moves bytes on three ports: it sends back what comes, takes what
-// comes, and sends as much as it is asked for.
-const plainServer = `import socket, threading
+// plainServer moves bytes, on a port for each way: it sends back what comes, takes
+// what comes, and sends as much as it is asked for; the last two also to a file
+// that gets its name when it is whole, and from that file. So it tells what of a
+// transfer is the network, and what the guest's disk.
+const plainServer = `import os, socket, threading
 def serve(port, f):
     l = socket.create_server(("0.0.0.0", port))
     while True:
@@ -62,13 +69,23 @@ def serve(port, f):
 def echo(c):
     while b := c.recv(65536): c.sendall(b)
     c.close()
-def sink(c):
-    n, b, v = int.from_bytes(c.recv(8), "big"), bytearray(1 << 20), None
+def take(c, f):
+    n, b = int.from_bytes(c.recv(8), "big"), memoryview(bytearray(1 << 20))
     while n > 0:
         got = c.recv_into(b)
         if not got: break
+        if f >= 0: os.write(f, b[:got])
         n -= got
-    c.sendall(b"k")
+    return n == 0
+def sink(c):
+    if take(c, -1): c.sendall(b"k")
+    c.close()
+def keep(c):
+    f = os.open("/home/user/kept.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    whole = take(c, f)
+    os.close(f)
+    os.rename("/home/user/kept.new", "/home/user/kept")
+    if whole: c.sendall(b"k")
     c.close()
 def pour(c):
     n, b = int.from_bytes(c.recv(8), "big"), bytes(range(256)) * 4096
@@ -76,7 +93,17 @@ def pour(c):
         c.sendall(b[:n])
         n -= len(b)
     c.close()
-for p, f in ((7001, echo), (7002, sink), (7003, pour)):
+def give(c):
+    n, b = int.from_bytes(c.recv(8), "big"), memoryview(bytearray(1 << 20))
+    f = os.open("/home/user/kept", os.O_RDONLY)
+    while n > 0:
+        got = os.readv(f, [b])
+        if not got: break
+        c.sendall(b[:min(n, got)])
+        n -= got
+    os.close(f)
+    c.close()
+for p, f in ((7001, echo), (7002, sink), (7003, pour), (7004, keep), (7005, give)):
     threading.Thread(target=serve, args=(p, f)).start()
 `
 
@@ -84,6 +111,8 @@ const (
 	echoPort = 7001
 	sinkPort = 7002
 	pourPort = 7003
+	keepPort = 7004
+	givePort = 7005
 )
 
 // address asks where the host reaches a sandbox.
@@ -116,7 +145,7 @@ func (r *run) measureEnvd(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	server, err := t.run(ctx, sbx, "/bin/bash", "-c", "setsid -f python3 -c '"+plainServer+"' >/dev/null 2>&1; for i in $(seq 100); do (: </dev/tcp/127.0.0.1/7003) 2>/dev/null && exit 0; sleep 0.1; done; exit 1")
+	server, err := t.run(ctx, sbx, "/bin/bash", "-c", "setsid -f python3 -c '"+plainServer+"' >/dev/null 2>&1; for i in $(seq 100); do (: </dev/tcp/127.0.0.1/7005) 2>/dev/null && exit 0; sleep 0.1; done; exit 1")
 	if err != nil || server.code != 0 {
 		return fmt.Errorf("starting the plain server: status %d, %w", server.code, err)
 	}
@@ -137,8 +166,10 @@ func (r *run) measureEnvd(ctx context.Context) (err error) {
 		}{
 			{sinkTCP, func() error { return plain(ctx, addr, sinkPort, r.transfer, piece) }},
 			{envdUp, func() error { return t.upload(ctx, sbx, r.transfer, piece) }},
+			{keepTCP, func() error { return plain(ctx, addr, keepPort, r.transfer, piece) }},
 			{pourTCP, func() error { return plain(ctx, addr, pourPort, r.transfer, nil) }},
 			{envdDown, func() error { return t.download(ctx, sbx, r.transfer) }},
+			{giveTCP, func() error { return plain(ctx, addr, givePort, r.transfer, nil) }},
 		} {
 			began := time.Now()
 			if err := m.move(); err != nil {
@@ -184,81 +215,113 @@ func (r *run) measureCalls(ctx context.Context, t *subject, sbx box, addr netip.
 // plain moves n bytes over a TCP connection to the plain server: there, if
 // there is a piece to repeat, or from there.
 func plain(ctx context.Context, addr netip.Addr, port uint16, n int64, piece []byte) error {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, port).String())
+	conn, err := dial(ctx, netip.AddrPortFrom(addr, port).String())
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	head := []byte{byte(n >> 56), byte(n >> 48), byte(n >> 40), byte(n >> 32), byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}
-	if _, err := conn.Write(head); err != nil {
+	var head [8]byte
+	binary.BigEndian.PutUint64(head[:], uint64(n))
+	if _, err := conn.Write(head[:]); err != nil {
 		return err
 	}
 	if piece == nil {
-		got, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, conn, make([]byte, 1<<20))
-		if err == nil && got != n {
-			err = fmt.Errorf("%d bytes of %d came", got, n)
-		}
-		return err
+		return drain(conn, n)
 	}
-	if _, err := io.CopyBuffer(struct{ io.Writer }{conn}, io.LimitReader(&again{piece: piece}, n), make([]byte, len(piece))); err != nil {
+	if err := pour(conn, n, piece); err != nil {
 		return err
 	}
 	_, err = io.ReadFull(conn, head[:1])
 	return err
 }
 
-// again repeats a piece without end.
-type again struct {
-	piece []byte
-	at    int
+func dial(ctx context.Context, addr string) (net.Conn, error) {
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", addr)
 }
 
-func (a *again) Read(p []byte) (int, error) {
-	n := copy(p, a.piece[a.at:])
-	a.at = (a.at + n) % len(a.piece)
-	return n, nil
+// pour sends n bytes, a piece at a time. It is the client's half of every stream
+// in, so that a library's buffers do not count for one of them alone.
+func pour(conn net.Conn, n int64, piece []byte) error {
+	for n > 0 {
+		m, err := conn.Write(piece[:min(n, int64(len(piece)))])
+		if err != nil {
+			return err
+		}
+		n -= int64(m)
+	}
+	return nil
 }
 
-const filePath = "/home/user/transfer"
-
-func (c *client) transferRequest(ctx context.Context, sbx box, method string, body io.Reader, size int64) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, c.proxy+"/files?path="+url.QueryEscape(filePath), body)
-	if err != nil {
-		return nil, err
-	}
-	req.Header = inside(sbx)
-	req.Header.Set("Content-Type", "application/octet-stream")
-	req.Header.Set("Accept-Encoding", "identity") // the stream beside it is not compressed either
-	req.ContentLength = size
-	patient := *c.http
-	patient.Timeout = 0 // a transfer may take its time
-	resp, err := patient.Do(req)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		said, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // the status says enough when this fails
-		resp.Body.Close()
-		return nil, fmt.Errorf("%s /files: %s: %s", method, resp.Status, bytes.TrimSpace(said))
-	}
-	return resp, err
-}
-
-func (c *client) upload(ctx context.Context, sbx box, n int64, piece []byte) error {
-	resp, err := c.transferRequest(ctx, sbx, http.MethodPost, io.LimitReader(&again{piece: piece}, n), n)
-	if err != nil {
-		return err
-	}
-	return resp.Body.Close()
-}
-
-func (c *client) download(ctx context.Context, sbx box, n int64) error {
-	resp, err := c.transferRequest(ctx, sbx, http.MethodGet, nil, 0)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	got, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, resp.Body, make([]byte, 1<<20))
+// drain reads to the end what are to be n bytes, as pour sends.
+func drain(from io.Reader, n int64) error {
+	got, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, from, make([]byte, 1<<20))
 	if err == nil && got != n {
 		err = fmt.Errorf("%d bytes of %d came", got, n)
 	}
 	return err
+}
+
+const filePath = "/home/user/transfer"
+
+// transfer makes a request for the file over a connection of its own. The body
+// of n bytes repeats the piece.
+func (c *client) transfer(ctx context.Context, sbx box, method string, n int64, piece []byte) (*http.Response, net.Conn, error) {
+	to, err := url.Parse(c.proxy)
+	if err != nil {
+		return nil, nil, err
+	}
+	h := inside(sbx)
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Accept-Encoding", "identity") // the stream beside it is not compressed either
+	h.Set("Connection", "close")
+	h.Set("Content-Length", strconv.FormatInt(n, 10))
+	var head bytes.Buffer
+	fmt.Fprintf(&head, "%s /files?path=%s HTTP/1.1\r\nHost: %s\r\n", method, url.QueryEscape(filePath), to.Host)
+	if err := h.Write(&head); err != nil {
+		return nil, nil, err
+	}
+	head.WriteString("\r\n")
+	conn, err := dial(ctx, to.Host)
+	if err != nil {
+		return nil, nil, err
+	}
+	resp, err := func() (*http.Response, error) {
+		if _, err := conn.Write(head.Bytes()); err != nil {
+			return nil, err
+		}
+		if err := pour(conn, n, piece); err != nil {
+			return nil, err
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil && resp.StatusCode != http.StatusOK {
+			said, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // the status says enough when this fails
+			return nil, fmt.Errorf("%s /files: %s: %s", method, resp.Status, bytes.TrimSpace(said))
+		}
+		return resp, err
+	}()
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return resp, conn, nil
+}
+
+func (c *client) upload(ctx context.Context, sbx box, n int64, piece []byte) error {
+	resp, conn, err := c.transfer(ctx, sbx, http.MethodPost, n, piece)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
+}
+
+func (c *client) download(ctx context.Context, sbx box, n int64) error {
+	resp, conn, err := c.transfer(ctx, sbx, http.MethodGet, 0, nil)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return drain(resp.Body, n)
 }
