@@ -28,7 +28,7 @@ type onEngine struct {
 func startOnEngine(t *testing.T) *onEngine {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "armed")
-	s := &onEngine{Server: program.Start(t, program.Options{Env: []string{"CAY_KILLPOINT_FILE=" + file}}), file: file}
+	s := &onEngine{Server: program.Start(t, program.Options{Env: []string{"CAY_KILLPOINT_FILE=" + file, program.OtherEnvd(t)}}), file: file}
 	s.c = s.Client()
 	return s
 }
@@ -153,7 +153,7 @@ func (s *onEngine) inventory(t *testing.T) inventory {
 }
 
 // fewPoints are those of every run; the nightly one has all.
-var fewPoints = []string{"create.init.after", "pause.manifest.before-rename", "pause.engine-gone.before", "resume.start.after", "snapshot.disk.after", "fork.api.made", "kill.engine-gone.after"}
+var fewPoints = []string{"create.init.after", "pause.manifest.before-rename", "pause.engine-gone.before", "resume.start.after", "snapshot.disk.after", "fork.api.made", "kill.engine-gone.after", "upgrade.send.after"}
 
 // The same, with the real program, on gVisor.
 func TestKillPointsOfTheEngine(t *testing.T) {

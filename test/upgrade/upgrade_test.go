@@ -1,5 +1,5 @@
 // Package upgrade takes sandboxes and snapshots from one build of the product
-// to another, whose engine does not fit them.
+// to another, whose engine does not fit them, and whose envd is another one.
 package upgrade
 
 import (
@@ -16,9 +16,10 @@ import (
 	"time"
 
 	"github.com/cayhq/cay/test/program"
+	"github.com/cayhq/cay/test/sdk"
 )
 
-func TestMain(m *testing.M) { program.Main(m, buildEarlier) }
+func TestMain(m *testing.M) { program.Main(m, buildEarlier, sdk.Install) }
 
 // earlier is the program before the upgrade: of the same source, with an engine
 // that calls itself another version. gVisor compares that, and nothing else.
