@@ -117,25 +117,6 @@ func (w *tap) take() map[packet]int {
 	return out
 }
 
-// await waits until a packet has been seen that fits, and returns all of that
-// time.
-func (w *tap) await(t testing.TB, what string, fits func(packet) bool) map[packet]int {
-	t.Helper()
-	all := map[packet]int{}
-	program.Eventually(t, patience, func() string {
-		found := false
-		for p, n := range w.take() {
-			all[p] += n
-			found = found || fits(p)
-		}
-		if !found {
-			return what + " is not seen"
-		}
-		return ""
-	})
-	return all
-}
-
 // inNetOf leads to the network namespace of a process.
 func inNetOf(t testing.TB, pid int) func(func() error) error {
 	t.Helper()
