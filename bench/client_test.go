@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,5 +160,43 @@ func TestClient(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// A caller uses one connection, reads every answer to its end, and says what a
+// server refuses.
+func TestCaller(t *testing.T) {
+	var calls, conns atomic.Int32
+	refuse := errors.New("no")
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if calls.Add(1) > 3 || err != nil || string(body) != "{}" || r.URL.Path != "/a" || r.Header.Get("X-Who") != "me" || r.Header.Get("Content-Type") != "application/json" {
+			http.Error(w, refuse.Error(), http.StatusTeapot)
+			return
+		}
+		fmt.Fprint(w, strings.Repeat("x", 10_000))
+	}))
+	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			conns.Add(1)
+		}
+	}
+	srv.Start()
+	defer srv.Close()
+	c, err := dialCaller(t.Context(), srv.URL, "/a", http.Header{"X-Who": {"me"}}, "{}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.conn.Close()
+	for i := range 3 {
+		if err := c.call(); err != nil {
+			t.Fatalf("call %d: %v", i, err)
+		}
+	}
+	if err := c.call(); err == nil || !strings.Contains(err.Error(), "418") || !strings.Contains(err.Error(), refuse.Error()) {
+		t.Errorf("%v, want what the server said", err)
+	}
+	if n := conns.Load(); n != 1 {
+		t.Errorf("%d connections", n)
 	}
 }
