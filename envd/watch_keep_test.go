@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -64,12 +65,14 @@ func (g *fileGuest) next() *fileGuest {
 // replaced again and again: each is reported, once, by a watcher of one
 // directory and by one of the tree, under the ID that it had.
 func TestWatchersAreHandedOver(t *testing.T) {
-	const replacements, least = 8, 400
+	const replacements, least, ahead = 8, 400, 100
 	g := newFileGuest(t)
 	flat := g.poll(&pb.CreateWatcherRequest{Path: g.home})
 	tree := g.poll(&pb.CreateWatcherRequest{Path: g.home, Recursive: true, IncludeEntry: true})
-	var made atomic.Int64
+	var made, may atomic.Int64 // it goes ahead of replacements, and not out of sight
+	may.Store(ahead)
 	stop, over := make(chan struct{}), make(chan error, 1)
+	home := g.home // for g becomes another
 	go func() {
 		for i := int64(0); ; i++ {
 			select {
@@ -78,7 +81,12 @@ func TestWatchersAreHandedOver(t *testing.T) {
 				return
 			default:
 			}
-			d := filepath.Join(g.home, fmt.Sprint("d", i))
+			if i >= may.Load() {
+				i--
+				runtime.Gosched()
+				continue
+			}
+			d := filepath.Join(home, fmt.Sprint("d", i))
 			if err := os.MkdirAll(filepath.Join(d, "e"), 0o755); err != nil {
 				over <- err
 				return
@@ -102,6 +110,7 @@ func TestWatchersAreHandedOver(t *testing.T) {
 		for made.Load() < i*least/replacements {
 			look(inTree, tree) // the other's events stay where they are
 		}
+		may.Store(i*least/replacements + ahead)
 		g = g.next()
 		flat.g, tree.g = g, g
 	}
