@@ -317,11 +317,11 @@ func drain(from io.Reader, n int64) error {
 const filePath = "/home/user/transfer"
 
 // transfer makes a request for the file over a connection of its own. The body
-// of n bytes repeats the piece.
-func (c *client) transfer(ctx context.Context, sbx box, method string, n int64, piece []byte) (*http.Response, net.Conn, error) {
+// of n bytes repeats the piece; take reads the body of the answer.
+func (c *client) transfer(ctx context.Context, sbx box, method string, n int64, piece []byte, take func(io.Reader) error) error {
 	to, err := url.Parse(c.proxy)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	h := inside(sbx)
 	h.Set("Content-Type", "application/octet-stream")
@@ -331,49 +331,39 @@ func (c *client) transfer(ctx context.Context, sbx box, method string, n int64, 
 	var head bytes.Buffer
 	fmt.Fprintf(&head, "%s /files?path=%s HTTP/1.1\r\nHost: %s\r\n", method, url.QueryEscape(filePath), to.Host)
 	if err := h.Write(&head); err != nil {
-		return nil, nil, err
+		return err
 	}
 	head.WriteString("\r\n")
 	conn, err := dial(ctx, to.Host)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	resp, err := func() (*http.Response, error) {
-		if _, err := conn.Write(head.Bytes()); err != nil {
-			return nil, err
-		}
-		if err := pour(conn, n, piece); err != nil {
-			return nil, err
-		}
-		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err == nil && resp.StatusCode != http.StatusOK {
-			said, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // the status says enough when this fails
-			return nil, fmt.Errorf("%s /files: %s: %s", method, resp.Status, bytes.TrimSpace(said))
-		}
-		return resp, err
-	}()
+	defer conn.Close()
+	if _, err := conn.Write(head.Bytes()); err != nil {
+		return err
+	}
+	if err := pour(conn, n, piece); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
-		conn.Close()
-		return nil, nil, err
+		return err
 	}
-	return resp, conn, nil
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		said, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // the status says enough when this fails
+		return fmt.Errorf("%s /files: %s: %s", method, resp.Status, bytes.TrimSpace(said))
+	}
+	return take(resp.Body)
 }
 
 func (c *client) upload(ctx context.Context, sbx box, n int64, piece []byte) error {
-	resp, conn, err := c.transfer(ctx, sbx, http.MethodPost, n, piece)
-	if err != nil {
+	return c.transfer(ctx, sbx, http.MethodPost, n, piece, func(r io.Reader) error {
+		_, err := io.Copy(io.Discard, r)
 		return err
-	}
-	defer conn.Close()
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err
+	})
 }
 
 func (c *client) download(ctx context.Context, sbx box, n int64) error {
-	resp, conn, err := c.transfer(ctx, sbx, http.MethodGet, 0, nil)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	return drain(resp.Body, n)
+	return c.transfer(ctx, sbx, http.MethodGet, 0, nil, func(r io.Reader) error { return drain(r, n) })
 }

@@ -139,11 +139,11 @@ func restoreIn(netns string, c *container.Container, conf *config.Config, dir st
 		back, err := specutils.ApplyNS(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: netns})
 		if err != nil {
 			failed <- fmt.Errorf("setting up network: %w", err)
-			return // and the thread ends
+			return
 		}
 		c.Sandbox.Pid.Store(unix.Gettid())
 		err = c.Sandbox.Restore(conf, c.Spec, c.ID, dir, false, true, nil)
-		back()
+		_ = back() // for the descriptor that it holds: the thread ends
 		failed <- err
 	}()
 	return <-failed
