@@ -5,11 +5,13 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -266,11 +268,35 @@ const (
 	testSeed   = cay.Secret("seed")
 )
 
+// emptyDatabase is the file of a database that has all its tables and no rows:
+// to make them takes longer than most tests.
+var emptyDatabase = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "cay-api-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "cay.db")
+	st := sqlite.New(path)
+	if err := errors.Join(st.Open(context.Background()), st.Close()); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path)
+})
+
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
 	ctx := context.Background()
 	dir := t.TempDir()
-	st := sqlite.New(filepath.Join(dir, "cay.db"))
+	empty, err := emptyDatabase()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "cay.db")
+	if err := os.WriteFile(path, empty, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st := sqlite.New(path)
 	if err := st.Open(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -192,7 +192,7 @@ func matrixPolicies() []*matrixPolicy {
 
 // forbidden are the attempts of which none may arrive: each destination by each
 // way and protocol. All of them are tried every night; in every other run, what
-// is not direct goes to a third of the destinations, to others by each way.
+// is not direct goes to a sixth of the destinations, to others by each way.
 func (p *matrixPolicy) forbidden(always []netip.Addr) (out []attempt) {
 	for i, to := range slices.Concat(always, p.shut(p)) {
 		tried := len(out)
@@ -200,7 +200,7 @@ func (p *matrixPolicy) forbidden(always []netip.Addr) (out []attempt) {
 		n := -1
 		out = append(out[:tried], slices.DeleteFunc(out[tried:], func(a attempt) bool {
 			n++
-			return !program.Nightly() && a.Way != direct && (i+n)%3 > 0
+			return !program.Nightly() && a.Way != direct && (i+n)%6 > 0
 		})...)
 	}
 	return out

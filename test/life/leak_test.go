@@ -192,7 +192,7 @@ func TestNothingIsLeft(t *testing.T) {
 // history, logs, templates, the engine's program, and the places for what comes and goes.
 var kept = []string{"cay.db", "cay.lock", "credentials.json", "secrets.keys", "log", "blobs", "work", "snapshots",
 	"engine", "disk", "disk/disks", "disk/images", "disk/pool", "disk/pool.xfs", "disk/pool/blank", "disk/pool/disk", "disk/pool/saved",
-	"run", "run/orchestrator", "run/gvisor", "run/gvisor/i", "run/gvisor/shared", "run/gvisor/supervisor.lock", "run/gvisor/supervisor.log"}
+	"run", "run/orchestrator", "run/past", "run/refused", "run/gvisor", "run/gvisor/i", "run/gvisor/shared", "run/gvisor/supervisor.lock", "run/gvisor/supervisor.log"}
 
 // keeps reports whether a line of a difference is about one of these, or about
 // the lock that all servers of a machine share.
