@@ -11,12 +11,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"sync"
 	"time"
 
 	"github.com/cayhq/cay"
 	"github.com/cayhq/cay/catalog"
 	"github.com/cayhq/cay/internal/killpoint"
+	"github.com/cayhq/cay/internal/meminfo"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -628,14 +630,14 @@ func (o *Orchestrator) Info(ctx context.Context) (cay.NodeInfo, error) {
 	if err != nil {
 		return cay.NodeInfo{}, err
 	}
-	mem, err := memoryTotal()
+	mem, err := meminfo.Total()
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return cay.NodeInfo{}, fmt.Errorf("reading the machine's memory: %w", err)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	n := cay.NodeInfo{ID: o.Node, Version: cay.Version, Runtime: info.Name, RuntimeVersion: info.Version,
-		CPUs: cpus(), MemoryBytes: mem, Sandboxes: len(o.bySbx)}
+		CPUs: goruntime.NumCPU(), MemoryBytes: mem, Sandboxes: len(o.bySbx)}
 	for _, g := range o.guests {
 		if g.rec.Phase == pooled {
 			n.PoolReady++

@@ -27,6 +27,7 @@ import (
 	"github.com/cayhq/cay/doctor"
 	"github.com/cayhq/cay/egress"
 	"github.com/cayhq/cay/internal/keyring"
+	"github.com/cayhq/cay/internal/meminfo"
 	"github.com/cayhq/cay/internal/settings"
 	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/network"
@@ -81,7 +82,7 @@ func newHost(d dataDir, cfg settings.Settings, log *slog.Logger, streams orchest
 		Runtime: h.rt, Engines: engineFiles{h.rt.Programs}, Slots: h.nets, Disks: h.disks,
 		Catalog: memory.New(), Streams: streams, Names: h.names,
 		PoolSize: cfg.PoolSize, MaxSandboxes: cfg.MaxSandboxes,
-		MemoryAvailable: orchestrator.MemoryAvailable,
+		MemoryAvailable: meminfo.Available,
 		Log:             log.With("part", "orchestrator"),
 		Fault:           killpoints(),
 	}

@@ -63,6 +63,7 @@ var Packages = []Package{
 	{"internal/killpoint", Internal, "the points at which tests let a server die"},
 	{"internal/keyring", Internal, "seals small values under keys of a file"},
 	{"internal/lint", Internal, "these rules"},
+	{"internal/meminfo", Internal, "how much memory the machine has"},
 	{"internal/prelude", Internal, "the first step of an engine process, before other packages initialise"},
 	{"internal/rawconn", Internal, "TCP connections that Go's scheduler is not told to wait for"},
 	{"internal/settings", Internal, "every setting, declared once, with its origin"},

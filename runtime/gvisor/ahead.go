@@ -1,8 +1,6 @@
 package gvisor
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,11 +10,11 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cayhq/cay/internal/meminfo"
 	"github.com/cayhq/cay/internal/prelude"
 	"github.com/cayhq/cay/runtime"
 	"github.com/cayhq/cay/runtime/gvisor/gofer"
@@ -174,7 +172,8 @@ func (s *Supervisor) plan(available int64) (drop []*engine, start *kind, again t
 // call it again; 0 is when something happens.
 func (s *Supervisor) keepEngines(ctx context.Context) time.Duration {
 	for ctx.Err() == nil {
-		drop, start, again := s.plan(memoryAvailable())
+		available, _ := meminfo.Available() // 0 if that is not known
+		drop, start, again := s.plan(available)
 		for _, e := range drop {
 			s.dropEngine(e)
 		}
@@ -406,17 +405,4 @@ func (i *instance) useEngine(e *engine, spec runtime.Spec) (err error) {
 	e.sentry.close()
 	e.gofer.close()
 	return nil
-}
-
-// memoryAvailable is what the kernel can give to new processes, in bytes
-// (MemAvailable of proc_meminfo(5)); 0 if that is not known.
-func memoryAvailable() int64 {
-	data, _ := os.ReadFile("/proc/meminfo")
-	for sc := bufio.NewScanner(bytes.NewReader(data)); sc.Scan(); {
-		if rest, ok := strings.CutPrefix(sc.Text(), "MemAvailable:"); ok {
-			kb, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-			return kb << 10
-		}
-	}
-	return 0
 }

@@ -13,8 +13,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -293,15 +291,5 @@ func TestAwaitUse(t *testing.T) {
 	})
 	if len(allocates) != 0 {
 		t.Errorf("it is put to use with %d looks left; want 0", len(allocates))
-	}
-}
-
-func TestMemoryAvailable(t *testing.T) {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		t.Fatal(err)
-	}
-	if n := memoryAvailable(); n <= 0 || n > int64(info.Totalram)*int64(info.Unit) {
-		t.Errorf("%d bytes are available of %d", n, info.Totalram)
 	}
 }
