@@ -114,7 +114,7 @@ func (a *Authority) make() error {
 	if err := os.MkdirAll(a.Dir, 0o700); err != nil {
 		return err
 	}
-	if err := os.Remove(a.File()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := wholefile.Remove(a.File()); err != nil {
 		return err
 	}
 	if err := wholefile.Write(a.keyFile(), private, 0o600); err != nil {

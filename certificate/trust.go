@@ -100,7 +100,7 @@ func (t *Trust) Remove(ctx context.Context, caFile, domain string) (Done, error)
 		return d, err
 	}
 	for _, path := range found {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := wholefile.Remove(path); err != nil {
 			return d, storeError(err)
 		}
 		d.Store = filepath.Join(anchors[at].dir, filepath.Base(path))

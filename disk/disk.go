@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // DefaultReserve is the free space, in bytes, that is never given to new disks.
@@ -358,13 +359,13 @@ func (d *Disks) remove(ctx context.Context, id string) error {
 		{"discard unwritten data", func() error { return d.discard(fsDir, img) }},
 		{"unmount the overlay", func() error { return d.unmount(ctx, rootDir) }},
 		{"unmount the image", func() error { return d.unmount(ctx, fsDir) }},
-		{"remove the image", func() error { return removeIfThere(img) }},
+		{"remove the image", func() error { return wholefile.Remove(img) }},
 		// rmdir, never a recursive removal: if something is mounted here
 		// after all, this fails instead of emptying it.
 		{"remove the mount points", func() error {
-			return errors.Join(removeIfThere(rootDir), removeIfThere(fsDir))
+			return errors.Join(wholefile.Remove(rootDir), wholefile.Remove(fsDir))
 		}},
-		{"remove the directory", func() error { return removeIfThere(dir) }},
+		{"remove the directory", func() error { return wholefile.Remove(dir) }},
 	} {
 		if err := d.step(step.name); err != nil {
 			return diskError(step.name+" of disk "+id, err)
@@ -372,13 +373,6 @@ func (d *Disks) remove(ctx context.Context, id string) error {
 		if err := step.do(); err != nil {
 			return diskError(step.name+" of disk "+id, err)
 		}
-	}
-	return nil
-}
-
-func removeIfThere(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // parseDigest returns the hex part of a digest.
@@ -155,7 +156,7 @@ func (d *Disks) unmountIfUnused(ctx context.Context, dg cay.Digest) (bool, error
 		return false, err
 	}
 	if !mounted { // left by a restart of the host
-		return false, removeIfThere(dir)
+		return false, wholefile.Remove(dir)
 	}
 	mounts, err := readMounts()
 	if err != nil {
@@ -169,7 +170,7 @@ func (d *Disks) unmountIfUnused(ctx context.Context, dg cay.Digest) (bool, error
 	if err := d.unmount(ctx, dir); err != nil {
 		return false, err
 	}
-	return true, removeIfThere(dir)
+	return true, wholefile.Remove(dir)
 }
 
 // Release closes, then unmounts what is not in use: images, and with no disk

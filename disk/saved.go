@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // savedDir holds saved disks, in the pool: <name>.img.
@@ -69,7 +70,7 @@ func (d *Disks) Clone(ctx context.Context, id, name string) error {
 	}{
 		{"write back", func() error { return syncDisk(fsDir) }},
 		{"clone the image", func() error {
-			if err := removeIfThere(clone); err != nil {
+			if err := wholefile.Remove(clone); err != nil {
 				return err
 			}
 			return cloneFile(clone, img)
@@ -83,7 +84,7 @@ func (d *Disks) Clone(ctx context.Context, id, name string) error {
 			err = step.do()
 		}
 		if err != nil {
-			return errors.Join(diskError(step.name+" of disk "+id, err), removeIfThere(clone))
+			return errors.Join(diskError(step.name+" of disk "+id, err), wholefile.Remove(clone))
 		}
 	}
 	return nil
@@ -110,7 +111,7 @@ func (d *Disks) Keep(ctx context.Context, name string, durable bool) (Saved, err
 		err = os.Rename(clone, file)
 	}
 	if err != nil {
-		return Saved{}, errors.Join(diskError("publish the saved disk "+name, err), removeIfThere(clone))
+		return Saved{}, errors.Join(diskError("publish the saved disk "+name, err), wholefile.Remove(clone))
 	}
 	return d.FindSaved(name)
 }
@@ -217,7 +218,7 @@ func (d *Disks) RemoveSaved(_ context.Context, name string) error {
 		return err
 	}
 	file := d.savedFile(name)
-	if err := errors.Join(removeIfThere(file+halfSuffix), removeIfThere(file)); err != nil {
+	if err := errors.Join(wholefile.Remove(file+halfSuffix), wholefile.Remove(file)); err != nil {
 		return diskError("remove the saved disk "+name, err)
 	}
 	return nil
@@ -230,7 +231,7 @@ func (d *Disks) dropHalfSaved() error {
 		return err
 	}
 	for _, f := range half {
-		if err := removeIfThere(f); err != nil {
+		if err := wholefile.Remove(f); err != nil {
 			return hostError("remove half of a saved disk", f, err)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // The host-wide settings that the pool needs; the second where guests have
@@ -86,10 +87,7 @@ func (p *Pool) withLedger(f func(*ledger) error) error {
 	if len(l.Claims) == 0 && l.Forward == "" && l.Forward6 == "" {
 		// The lock file stays: one who waits for it would get the lock of a
 		// file that has no name any more.
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
+		return wholefile.Remove(path)
 	}
 	if b, err = json.Marshal(l); err != nil {
 		return err

@@ -92,7 +92,7 @@ func (p *Pool) endRefusals(index int) {
 	if t, _ := p.tenant(index); t != nil {
 		err = t.log.end()
 	} else {
-		err = removeFile(p.refusalFile(index))
+		err = wholefile.Remove(p.refusalFile(index))
 	}
 	if err != nil {
 		p.log().Warn("the refusals of a sandbox that is gone stay on disk", "slot", index, "err", err)
@@ -194,13 +194,5 @@ func (l *refusalLog) end() error {
 	l.saving.Lock()
 	defer l.saving.Unlock()
 	l.ended = true
-	return removeFile(l.path)
-}
-
-// removeFile removes a file; an absent one, or none, is no error.
-func removeFile(path string) error {
-	if err := os.Remove(path); path != "" && err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return wholefile.Remove(l.path)
 }

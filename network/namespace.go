@@ -9,6 +9,8 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // threadNS is the network namespace of the calling thread. Namespaces belong
@@ -73,10 +75,7 @@ func unpin(path string) error {
 			return &fs.PathError{Op: "unmount", Path: path, Err: err}
 		}
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return wholefile.Remove(path)
 }
 
 // inodeOf returns the identity of the namespace pinned at path, and 0 when

@@ -35,6 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // DefaultCIDR is the range out of which servers of one machine take blocks.
@@ -407,7 +408,7 @@ func (p *Pool) Destroy(ctx context.Context) error {
 	}
 	errs := []error{closed}
 	for i := range found {
-		errs = append(errs, p.remove(i), removeFile(p.refusalFile(i)))
+		errs = append(errs, p.remove(i), wholefile.Remove(p.refusalFile(i)))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fail("removing the slots", err) // the firewall stays while a slot does

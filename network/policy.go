@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // verdict is what becomes of a packet that a guest sends to a destination.
@@ -281,7 +282,7 @@ func (p *Pool) settle(index int, pol policy, adopted bool) {
 	if adopted {
 		err = t.log.load()
 	} else {
-		err = removeFile(t.log.path)
+		err = wholefile.Remove(t.log.path)
 	}
 	if err != nil {
 		p.log().Warn("what was refused to a sandbox before is lost", "slot", index, "err", err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -286,10 +285,7 @@ func (p *past) dropFile(id cay.SandboxID) error {
 	if p.dir == "" {
 		return nil
 	}
-	if err := os.Remove(p.file(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return wholefile.Remove(p.file(id))
 }
 
 // load remembers what an earlier run has kept. A file that is none, or too old,

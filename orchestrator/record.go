@@ -2,15 +2,14 @@ package orchestrator
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/cayhq/cay"
+	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -175,7 +174,7 @@ func (rs records) writeAt(r record, at func(step string) error) error {
 }
 
 func (rs records) remove(e cay.ExecutionID) error {
-	if err := os.Remove(rs.path(e)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := wholefile.Remove(rs.path(e)); err != nil {
 		return fmt.Errorf("removing the record of %s: %w", e, err)
 	}
 	return nil

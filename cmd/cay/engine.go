@@ -17,6 +17,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cayhq/cay/internal/wholefile"
 )
 
 // engineName is the engine's program among the embedded binaries.
@@ -115,7 +117,7 @@ func (f engineFiles) List() ([]string, error) {
 
 // Remove implements [orchestrator.Engines].
 func (f engineFiles) Remove(name string) error {
-	if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := wholefile.Remove(filepath.Join(f.dir, name)); err != nil {
 		return fmt.Errorf("removing the engine program %s: %w", name, err)
 	}
 	return nil
@@ -125,7 +127,7 @@ func (f engineFiles) Remove(name string) error {
 func (f engineFiles) removeHalf(log *slog.Logger) {
 	half, _ := filepath.Glob(filepath.Join(f.dir, newEngine+"*")) // the pattern is valid
 	for _, path := range half {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := wholefile.Remove(path); err != nil {
 			log.Warn("half of an engine program cannot be removed", "err", err)
 		}
 	}

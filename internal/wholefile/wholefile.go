@@ -1,5 +1,6 @@
 // Package wholefile replaces small files whole or not at all: a reader sees the
-// old content or the new, also after a crash of the machine.
+// old content or the new, also after a crash of the machine. And it removes what
+// may be gone already.
 package wholefile
 
 import (
@@ -23,4 +24,12 @@ func Write(path string, b []byte, mode fs.FileMode) error {
 		return err
 	}
 	return os.Rename(f.Name(), path)
+}
+
+// Remove removes a file; an absent one is no error.
+func Remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }

@@ -50,3 +50,25 @@ func alone(t *testing.T, dir, name string) {
 		t.Errorf("the directory holds %v, %v", all, err)
 	}
 }
+
+func TestRemove(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time it is absent
+		if err := Remove(path); err != nil {
+			t.Error(err)
+		}
+		if all, err := os.ReadDir(dir); err != nil || len(all) > 0 {
+			t.Errorf("the directory holds %v, %v", all, err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(path, "full"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(path); err == nil {
+		t.Error("a directory that is not empty is said to be removed")
+	}
+}

@@ -4,11 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/cayhq/cay/internal/wholefile"
 	"github.com/cayhq/cay/runtime"
 )
 
@@ -43,7 +43,7 @@ func (m *Machine) forget(id runtime.InstanceID) {
 	if m.Dir == "" {
 		return
 	}
-	if err := os.Remove(m.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := wholefile.Remove(m.path(id)); err != nil {
 		panic(fmt.Sprintf("forgetting an instance of the fake: %v", err))
 	}
 }
