@@ -33,9 +33,9 @@ type team struct {
 }
 
 // LimitTeam puts limits in force for all slots of a team together, and counts
-// slots in use among them, beside those it had; others are ignored. Limits without a bound end
-// that. Bounds of connections count those opened from now on when they change.
-// Limits stay in force without this process, and with the next one.
+// slots in use among them, beside those it had; others are ignored. Limits without
+// a bound end that. Bounds of connections count those opened from now on when they
+// change. Limits stay in force without this process, and with the next one.
 func (p *Pool) LimitTeam(_ context.Context, id cay.TeamID, l cay.NetworkLimits, slots ...int) error {
 	leave, err := p.enter()
 	if err != nil {

@@ -189,13 +189,8 @@ func (s snapshots) checkOfDisk(m cay.Snapshot) (string, error) {
 	return string(b), nil
 }
 
-// checkContent reads a saved disk and compares it with its checksum.
-func checkContent(ctx context.Context, m cay.Snapshot, file, want string) error {
-	return compareCheck(ctx, m.ID, m.Disk.Name, file, want)
-}
-
-// compareCheck reads a part of a snapshot and compares it with its checksum.
-func compareCheck(ctx context.Context, id cay.SnapshotID, part, file, want string) error {
+// checkContent reads a part of a snapshot and compares it with its checksum.
+func checkContent(ctx context.Context, id cay.SnapshotID, part, file, want string) error {
 	got, err := checkOf(ctx, file, nil)
 	if ctx.Err() != nil {
 		return ctx.Err()

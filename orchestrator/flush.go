@@ -12,8 +12,9 @@ const (
 	// long as they are few: a disk takes as long for what was written in that
 	// time alone.
 	growthEvery = 100 * time.Millisecond
-	// looksPerSecond bounds how many disks are looked at: each look is a statfs
-	// of some microseconds, so that all of them are a thousandth of a processor.
+	// looksPerSecond bounds how many disks are looked at. As many as that are a
+	// hundredth of a processor: 50 idle sandboxes take 0.060 % each with ten looks
+	// a second, and 0.037 % with one (bench -only idle, runs in turn).
 	looksPerSecond = 500
 	// growthMin is what a disk must have grown by, in bytes, to be written
 	// back: what is less costs a save a few milliseconds.

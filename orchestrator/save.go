@@ -423,7 +423,7 @@ func (o *Orchestrator) readSavedDisk(ctx context.Context, m cay.Snapshot, large 
 	if err != nil {
 		return errCorrupt(m.ID, m.Disk.Name, "it is missing", err)
 	}
-	return checkContent(ctx, m, saved.File, want)
+	return checkContent(ctx, m.ID, m.Disk.Name, saved.File, want)
 }
 
 // Snapshots implements [cay.Snapshots]. Those that cannot be read are logged and

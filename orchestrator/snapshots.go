@@ -428,7 +428,7 @@ func (s snapshots) checkMemory(ctx context.Context, m cay.Snapshot) error {
 			if m.Transient {
 				return nil
 			}
-			return compareCheck(ctx, m.ID, want.Name, path, want.Check)
+			return checkContent(ctx, m.ID, want.Name, path, want.Check)
 		})
 	}
 	return eg.Wait()
