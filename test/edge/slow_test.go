@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -213,15 +212,6 @@ func TestRounds(t *testing.T) {
 	}
 }
 
-func (e *edge) descriptors(t *testing.T) int {
-	t.Helper()
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", e.PID()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(fds)
-}
-
 // Clients that send their header, their hello or their body a letter a second,
 // or nothing, are closed in time, cost a bounded number of files, and do not
 // slow down who does not.
@@ -234,14 +224,14 @@ func TestSlowClients(t *testing.T) {
 	defer hc.CloseIdleConnections()
 	url := "https://" + e.host(8080) + "/hello"
 	p99(t, hc, url) // warm
-	before := e.descriptors(t)
+	before := e.Descriptors(t)
 	var r rounds
 	round := func() {
 		r.alone = append(r.alone, p99(t, hc, url))
 		c := e.join(t, n, other)
 		r.with = append(r.with, p99(t, hc, url))
-		if most := before + n + c.inBody + 64; e.descriptors(t) > most {
-			t.Errorf("%d files with %d slow clients, %d before: more than %d", e.descriptors(t), n, before, most)
+		if most := before + n + c.inBody + 64; e.Descriptors(t) > most {
+			t.Errorf("%d files with %d slow clients, %d before: more than %d", e.Descriptors(t), n, before, most)
 		}
 		if len(r.with) == 1 {
 			c.waitClosed(t, n-c.inBody)
@@ -253,7 +243,7 @@ func TestSlowClients(t *testing.T) {
 	}
 	t.Log(&r)
 	program.Eventually(t, patience, func() string {
-		if got := e.descriptors(t); got > before+16 {
+		if got := e.Descriptors(t); got > before+16 {
 			return fmt.Sprintf("%d files are open, %d were before", got, before)
 		}
 		return ""

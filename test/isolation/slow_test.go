@@ -195,15 +195,6 @@ func runSlow(ctx context.Context, s *program.Sandbox, job slowJob) (string, erro
 	return r.Stdout, err
 }
 
-func descriptors(t *testing.T, server *program.Server) int {
-	t.Helper()
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", server.PID()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(fds)
-}
-
 // Guests that hold connections open and say nothing on them, or a byte now and
 // then, are closed in time where they owe a name, cost a bounded number of
 // files, and do not slow down another guest's requests, which is judged at night
@@ -289,7 +280,7 @@ func TestSlowGuests(t *testing.T) {
 	}
 
 	sample(50) // warm
-	before := descriptors(t, server)
+	before := server.Descriptors(t)
 	var alone, with []int64
 	p99 := func(took []int64) int64 { return slices.Sorted(slices.Values(took))[len(took)*99/100] }
 	least := program.Sized(1, 3)
@@ -297,12 +288,12 @@ func TestSlowGuests(t *testing.T) {
 		alone = append(alone, sample(300)...)
 		crowd(func() {
 			with = append(with, sample(300)...)
-			if got, most := descriptors(t, server), before+len(slow)*(2*job.Dripping+job.Silent)+64; got > most {
+			if got, most := server.Descriptors(t), before+len(slow)*(2*job.Dripping+job.Silent)+64; got > most {
 				t.Errorf("%d files with %d slow connections, %d before: more than %d", got, len(slow)*each, before, most)
 			}
 		})
 		program.Eventually(t, patience, func() string {
-			if got := descriptors(t, server); got > before+32 {
+			if got := server.Descriptors(t); got > before+32 {
 				return fmt.Sprintf("%d files are open, %d were before", got, before)
 			}
 			return ""

@@ -302,6 +302,16 @@ func (s *Server) SetBinary(path string) { s.opts.Binary = path }
 // PID is the server's process.
 func (s *Server) PID() int { return s.cmd.Process.Pid }
 
+// Descriptors is how many files the server's process has open.
+func (s *Server) Descriptors(t testing.TB) int {
+	t.Helper()
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", s.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
+}
+
 // Log is what all servers of the data directory wrote to standard error.
 func (s *Server) Log() string { return s.log.String() }
 
