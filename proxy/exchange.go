@@ -41,7 +41,6 @@ type wire struct {
 	conn  net.Conn
 	in    *bufio.Reader
 	left  int64       // how much more the header may take; negative: it is over
-	used  bool        // it has carried an exchange before
 	later bool        // it is made with the first bytes that are sent
 	quiet *time.Timer // closes it when it was kept for long
 }
@@ -174,7 +173,7 @@ func (w *wire) exchange(req *http.Request, interim func(code int, h http.Header)
 			return nil, err
 		}
 		if res.StatusCode/100 != 1 || res.StatusCode == http.StatusSwitchingProtocols {
-			w.left, w.used = -1, true
+			w.left = -1
 			a.Response = res
 			return a, nil
 		}
